@@ -1,0 +1,89 @@
+// Which kernel runs: one row per level, one column per op, and the crossovers between routes. Nothing else
+// decides.
+#include "fastlora/cpu.h"
+#include "kernels.h"
+#include "numeric.h"
+
+namespace fastlora {
+namespace {
+
+using namespace cpu;
+
+struct Level {
+  Status (*quantize)(const Nf4QuantizeArgs&);
+  Status (*dequantize)(const Nf4DequantizeArgs&);
+  Status (*linear)(const Nf4LinearArgs&);             // every dtype, or all but bfloat16
+  Status (*linear_bf16)(const Nf4LinearArgs&);        // bfloat16 x
+  Status (*linear_decode)(const Nf4LinearArgs&);      // up to decode_rows rows of x; null: there is none
+  int64_t decode_rows_float, decode_rows_bf16;        // crossovers: above, the GEMM route is faster
+  Status (*grad_input)(const Nf4LinearGradInputArgs&);
+  Status (*grad_input_bf16)(const Nf4LinearGradInputArgs&);
+};
+
+// decode_rows were measured; the figures are in docs/cpu_kernels.md.
+constexpr Level kLevels[kIsaCount] = {
+    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_scalar, nf4_linear_scalar, nullptr, 0, 0,
+     nf4_linear_grad_input_scalar, nf4_linear_grad_input_scalar},
+#ifdef FASTLORA_X86
+    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_scalar, nf4_linear_scalar, nullptr, 0, 0,
+     nf4_linear_grad_input_scalar, nf4_linear_grad_input_scalar},
+    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_scalar, nf4_linear_scalar, nullptr, 0, 0,
+     nf4_linear_grad_input_scalar, nf4_linear_grad_input_scalar},
+    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_scalar, nf4_linear_scalar, nullptr, 0, 0,
+     nf4_linear_grad_input_scalar, nf4_linear_grad_input_scalar},
+    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_scalar, nf4_linear_scalar, nullptr, 0, 0,
+     nf4_linear_grad_input_scalar, nf4_linear_grad_input_scalar},
+    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_scalar, nf4_linear_scalar, nullptr, 0, 0,
+     nf4_linear_grad_input_scalar, nf4_linear_grad_input_scalar},
+#endif
+};
+
+const Level* level_of(Isa isa) {
+  const int32_t index = static_cast<int32_t>(isa);
+  return index >= 0 && index < kIsaCount && isa_available(isa) ? &kLevels[index] : nullptr;
+}
+
+bool valid_blocksize(int64_t b) {
+  return b >= kMinBlocksize && b <= kMaxBlocksize && (b & (b - 1)) == 0;
+}
+
+bool valid_weight(const Nf4Weight& w) { return w.n >= 0 && w.k >= 0 && valid_blocksize(w.blocksize); }
+
+}  // namespace
+
+Status nf4_quantize(const Nf4QuantizeArgs& args, Isa isa) {
+  const Level* level = level_of(isa);
+  if (level == nullptr) return Status::kUnsupportedLevel;
+  if (args.rows < 0 || args.cols < 0 || !valid_blocksize(args.blocksize)) return Status::kBadArgument;
+  if (args.rows == 0 || args.cols == 0) return Status::kOk;
+  return level->quantize(args);
+}
+
+Status nf4_dequantize(const Nf4DequantizeArgs& args, Isa isa) {
+  const Level* level = level_of(isa);
+  if (level == nullptr) return Status::kUnsupportedLevel;
+  if (!valid_weight(args.weight)) return Status::kBadArgument;
+  if (args.weight.n == 0 || args.weight.k == 0) return Status::kOk;
+  return level->dequantize(args);
+}
+
+Status nf4_linear(const Nf4LinearArgs& args, Isa isa) {
+  const Level* level = level_of(isa);
+  if (level == nullptr) return Status::kUnsupportedLevel;
+  if (!valid_weight(args.weight) || args.m < 0 || args.r < 0) return Status::kBadArgument;
+  if (args.m == 0 || (args.weight.n == 0 && args.r == 0)) return Status::kOk;
+  const bool bf16 = args.dtype == DType::kBFloat16;
+  const int64_t decode_rows = args.dtype == DType::kFloat32 ? level->decode_rows_float : level->decode_rows_bf16;
+  if (level->linear_decode != nullptr && args.m <= decode_rows) return level->linear_decode(args);
+  return bf16 ? level->linear_bf16(args) : level->linear(args);
+}
+
+Status nf4_linear_grad_input(const Nf4LinearGradInputArgs& args, Isa isa) {
+  const Level* level = level_of(isa);
+  if (level == nullptr) return Status::kUnsupportedLevel;
+  if (!valid_weight(args.weight) || args.m < 0 || args.r < 0) return Status::kBadArgument;
+  if (args.m == 0 || (args.weight.k == 0 && args.r == 0)) return Status::kOk;
+  return args.dtype == DType::kBFloat16 ? level->grad_input_bf16(args) : level->grad_input(args);
+}
+
+}  // namespace fastlora

@@ -1,0 +1,57 @@
+#include "parallel.h"
+
+#include <omp.h>
+#include <pthread.h>
+
+#include <atomic>
+#include <cstdlib>
+
+namespace fastlora::cpu {
+namespace {
+
+std::atomic<bool> g_in_forked_child{false};
+
+// libgomp's worker threads do not exist in a forked child, and a parallel region there waits for them forever.
+struct ForkWatch {
+  ForkWatch() {
+    pthread_atfork(nullptr, nullptr, [] { g_in_forked_child.store(true, std::memory_order_relaxed); });
+  }
+};
+const ForkWatch g_fork_watch;
+
+struct ThreadScratch {
+  void* data = nullptr;
+  size_t bytes = 0;
+  ~ThreadScratch() { std::free(data); }
+};
+thread_local ThreadScratch t_scratch;
+
+}  // namespace
+
+void parallel_ranges(int64_t count, int32_t threads, void (*body)(void*, int64_t, int64_t), void* context) {
+  if (count <= 0) return;
+  int64_t parts = threads < 1 ? 1 : threads;
+  if (parts > count) parts = count;
+  if (parts == 1 || g_in_forked_child.load(std::memory_order_relaxed) || omp_in_parallel()) {
+    body(context, 0, count);
+    return;
+  }
+#pragma omp parallel for num_threads(static_cast<int>(parts)) schedule(static, 1)
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t base = count / parts, extra = count % parts;
+    const int64_t begin = part * base + (part < extra ? part : extra);
+    const int64_t end = begin + base + (part < extra ? 1 : 0);
+    body(context, begin, end);
+  }
+}
+
+void* thread_scratch(size_t bytes) {
+  if (bytes <= t_scratch.bytes) return t_scratch.data;
+  const size_t rounded = (bytes + 4095) & ~size_t{4095};
+  std::free(t_scratch.data);
+  t_scratch.data = std::aligned_alloc(4096, rounded);
+  t_scratch.bytes = t_scratch.data == nullptr ? 0 : rounded;
+  return t_scratch.data;
+}
+
+}  // namespace fastlora::cpu

@@ -1,0 +1,44 @@
+// The one fused kernel and its transpose: a GEMM over packed NF4 with the low-rank term as r more
+// contraction steps in the same accumulator.
+#pragma once
+
+#include <cstdint>
+
+#include "fastlora/nf4.h"
+
+namespace fastlora {
+
+// y = x·Wᵀ + scaling · u·lora_bᵀ + bias,  u = x·lora_aᵀ
+struct Nf4LinearArgs {
+  const void* x;  // (m, k), dtype
+  Nf4Weight weight;
+  const void* bias;    // (n), dtype, or null
+  const void* lora_a;  // (r, k), lora_dtype; null: u is an input (the caller computed it, e.g. after dropout)
+  const void* lora_b;  // (n, r), lora_dtype; null when r == 0
+  void* u;             // (m, r), dtype: written when lora_a is given, read when it is null; null when r == 0
+  void* y;             // (m, n), dtype, out
+  int64_t m, r;
+  float scaling;
+  DType dtype;       // of x, bias, u, y
+  DType lora_dtype;  // of lora_a, lora_b
+  int32_t threads;
+};
+Status nf4_linear(const Nf4LinearArgs& args, Isa isa);
+
+// dx = dy·W + v·lora_a,  v = scaling · dy·lora_b
+struct Nf4LinearGradInputArgs {
+  const void* dy;  // (m, n), dtype
+  Nf4Weight weight;
+  const void* lora_a;  // (r, k), lora_dtype; null when r == 0
+  const void* lora_b;  // (n, r), lora_dtype; null when r == 0
+  void* v;             // (m, r), dtype, out; null when r == 0
+  void* dx;            // (m, k), dtype, out
+  int64_t m, r;
+  float scaling;
+  DType dtype;       // of dy, v, dx
+  DType lora_dtype;  // of lora_a, lora_b
+  int32_t threads;
+};
+Status nf4_linear_grad_input(const Nf4LinearGradInputArgs& args, Isa isa);
+
+}  // namespace fastlora

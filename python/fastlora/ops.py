@@ -1,0 +1,604 @@
+"""The operators: ``torch.ops.fastlora.*``, their schemas, checks and fakes.
+
+Every op is defined here once, checked here once (the same checks for real and for traced tensors), and handed
+to the kernels as raw addresses. An error is raised before anything is written: ValueError for shapes and
+values, TypeError for dtypes, RuntimeError for devices and builds.
+
+Storage conventions shared by all ops (see fastlora/nf4.h):
+
+* ``packed`` uint8 ``(n, ceil(k / 2))``: two 4-bit codes a byte, the even column in the high nibble.
+* ``scales`` uint8: with ``nested`` None the bytes of ``ceil(n*k / blocksize)`` float32 absmax values, else one
+  8-bit index a block.
+* ``nested`` uint8 or None: the bytes of float32 ``[offset, absmax2 of blocks 0..255, of 256..511, ...]``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCKSIZE = 256
+_DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_STATUS = {
+    1: (ValueError, "the kernel refused its arguments"),
+    2: (MemoryError, "no memory for the kernel's scratch buffer"),
+    3: (RuntimeError, "this machine cannot run the requested instruction-set level"),
+    4: (ValueError, "the weight holds NaN or Inf"),
+}
+
+# --- instruction-set level ------------------------------------------------------------------------------
+
+_LEVELS = {_C.isa_name(i): i for i in range(_C.isa_count)}
+
+
+def _level_code(name: str) -> int:
+    if name not in _LEVELS:
+        raise ValueError(f"isa: expected one of {', '.join(_LEVELS)}, got {name!r}")
+    code = _LEVELS[name]
+    if not _C.isa_available(code):
+        raise RuntimeError(
+            f"isa: level {name!r} is not available on this machine (the best one here is "
+            f"{_C.isa_name(_C.best_isa())!r})"
+        )
+    return code
+
+
+_isa: int = _level_code(os.environ["FASTLORA_ISA"]) if os.environ.get("FASTLORA_ISA") else _C.best_isa()
+
+
+def current_isa() -> str:
+    """The instruction-set level in force: the best one, ``FASTLORA_ISA``, or what :func:`use_isa` set."""
+    return _C.isa_name(_isa)
+
+
+def available_isas() -> list[str]:
+    """The levels this machine can run, lowest first (``amx_emulated`` is for tests)."""
+    return [name for name, code in _LEVELS.items() if _C.isa_available(code)]
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Force an instruction-set level for the calls inside, process-wide. ValueError for an unknown name,
+    RuntimeError for a level this machine lacks."""
+    global _isa  # noqa: PLW0603
+    previous, _isa = _isa, _level_code(name)
+    try:
+        yield
+    finally:
+        _isa = previous
+
+
+# --- checks ----------------------------------------------------------------------------------------------
+
+
+def _blocks(count: int, blocksize: int) -> int:
+    return -(-count // blocksize)
+
+
+def _raise_status(op: str, status: int) -> None:
+    kind, text = _STATUS.get(status, (RuntimeError, f"status {status}"))
+    raise kind(f"{op}: {text}")
+
+
+def _check_float(op: str, name: str, t: Tensor) -> None:
+    if t.dtype not in _DTYPE_CODE:
+        raise TypeError(f"{op}: expected {name} in float32, bfloat16 or float16, got {t.dtype}")
+
+
+def _check_blocksize(op: str, blocksize: int) -> None:
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"{op}: expected blocksize in {BLOCKSIZES}, got {blocksize}")
+
+
+def _check_shape(op: str, name: str, t: Tensor, shape: tuple[int, ...], why: str) -> None:
+    if t.dim() != len(shape) or any(have != want for have, want in zip(t.shape, shape, strict=True)):
+        raise ValueError(f"{op}: expected {name} of shape {tuple(shape)} ({why}), got {tuple(t.shape)}")
+
+
+def _check_same_device(op: str, name: str, t: Tensor, device: torch.device) -> None:
+    if t.device != device:
+        raise RuntimeError(f"{op}: expected {name} on {device}, got {t.device}")
+
+
+def _check_weight(
+    op: str,
+    packed: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    rows: int,
+    cols: int,
+    blocksize: int,
+    device: torch.device,
+) -> None:
+    """The three tensors of a (rows, cols) NF4 weight."""
+    _check_blocksize(op, blocksize)
+    for name, t in (("packed", packed), ("scales", scales), ("nested", nested)):
+        if t is None:
+            continue
+        if t.dtype != torch.uint8:
+            raise TypeError(f"{op}: expected {name} in uint8, got {t.dtype}")
+        if t.device != device:
+            raise RuntimeError(f"{op}: expected {name} on {device}, got {t.device}")
+    _check_shape(op, "packed", packed, (rows, (cols + 1) // 2), f"a weight of {rows} x {cols}")
+    blocks = _blocks(rows * cols, blocksize)
+    want = blocks if nested is not None else 4 * blocks
+    _check_shape(
+        op, "scales", scales, (want,), f"{blocks} blocks, {'one byte' if nested is not None else '4 bytes'} each"
+    )
+    if nested is not None:
+        groups = _blocks(blocks, NESTED_BLOCKSIZE)
+        _check_shape(op, "nested", nested, (4 * (1 + groups),), f"an offset and {groups} scales of 4 bytes")
+
+
+def _check_activation(op: str, name: str, t: Tensor, features: int, what: str) -> None:
+    _check_float(op, name, t)
+    if t.dim() < 1 or t.shape[-1] != features:
+        raise ValueError(
+            f"{op}: expected {name} of shape (..., {features}) to match {what}, got {tuple(t.shape)}"
+        )
+
+
+def _check_lora(
+    op: str, lora_a: Tensor | None, lora_b: Tensor | None, n: int, k: int, device: torch.device
+) -> int:
+    """Returns the rank (0 without adapters)."""
+    if lora_a is None and lora_b is None:
+        return 0
+    if lora_a is None or lora_b is None:
+        raise ValueError(f"{op}: expected lora_a and lora_b together, got only one of them")
+    _check_float(op, "lora_a", lora_a)
+    if lora_b.dtype != lora_a.dtype:
+        raise TypeError(f"{op}: expected lora_b in lora_a's dtype {lora_a.dtype}, got {lora_b.dtype}")
+    _check_same_device(op, "lora_a", lora_a, device)
+    _check_same_device(op, "lora_b", lora_b, device)
+    if lora_a.dim() != 2 or lora_a.shape[1] != k:
+        raise ValueError(f"{op}: expected lora_a of shape (r, {k}), got {tuple(lora_a.shape)}")
+    _check_shape(op, "lora_b", lora_b, (n, lora_a.shape[0]), f"{n} out_features, rank {lora_a.shape[0]}")
+    return lora_a.shape[0]
+
+
+def _check_linear(
+    op: str,
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    blocksize: int,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+) -> tuple[int, int, int]:
+    """Returns (n, k, r)."""
+    _check_float(op, "x", x)
+    if x.dim() < 1:
+        raise ValueError(f"{op}: expected x of shape (..., in_features), got a 0-dimensional tensor")
+    if packed.dim() != 2:
+        raise ValueError(f"{op}: expected packed of shape (n, ceil(k / 2)), got {tuple(packed.shape)}")
+    n, k = packed.shape[0], x.shape[-1]
+    if packed.shape[1] != (k + 1) // 2:
+        raise ValueError(
+            f"{op}: expected x of shape (..., k) with ceil(k / 2) = {packed.shape[1]} to match packed "
+            f"{tuple(packed.shape)}, got {tuple(x.shape)}"
+        )
+    _check_weight(op, packed, scales, nested, n, k, blocksize, x.device)
+    if bias is not None:
+        if bias.dtype != x.dtype:
+            raise TypeError(f"{op}: expected bias in x's dtype {x.dtype}, got {bias.dtype}")
+        _check_same_device(op, "bias", bias, x.device)
+        _check_shape(op, "bias", bias, (n,), "out_features")
+    return n, k, _check_lora(op, lora_a, lora_b, n, k, x.device)
+
+
+def _ptr(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+# --- the ops ----------------------------------------------------------------------------------------------
+
+_lib = torch.library.Library("fastlora", "DEF")
+
+
+def _no_cuda(op: str) -> Callable[..., Any]:
+    def raise_no_cuda(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(
+            f"{op}: expected CPU tensors, got CUDA ones; this build of fastlora holds no CUDA kernels "
+            "(`python -m fastlora info` says what was built)"
+        )
+
+    return raise_no_cuda
+
+
+def _register(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = schema.split("(", 1)[0]
+    _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
+    _lib.impl(name, cpu, "CPU")
+    _lib.impl(name, _no_cuda(name), "CUDA")
+    torch.library.register_fake(f"fastlora::{name}", fake, lib=_lib)
+
+
+def _quantize_shapes(weight: Tensor, blocksize: int, double_quant: bool) -> tuple[list[int], int, int]:
+    _check_float("nf4_quantize", "weight", weight)
+    _check_blocksize("nf4_quantize", blocksize)
+    if weight.dim() < 1:
+        raise ValueError("nf4_quantize: expected a weight of at least one dimension, got a scalar")
+    blocks = _blocks(weight.numel(), blocksize)
+    nested = 4 * (1 + _blocks(blocks, NESTED_BLOCKSIZE)) if double_quant else 0
+    return [*weight.shape[:-1], (weight.shape[-1] + 1) // 2], blocks, nested
+
+
+def _nf4_quantize_cpu(weight: Tensor, blocksize: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
+    packed_shape, blocks, nested_bytes = _quantize_shapes(weight, blocksize, double_quant)
+    weight = weight.contiguous()
+    cols = weight.shape[-1]
+    rows = weight.numel() // cols if cols else 0
+    packed = torch.empty(packed_shape, dtype=torch.uint8)
+    absmax = torch.empty(blocks, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    status = _C.nf4_quantize(
+        weight.data_ptr(), _DTYPE_CODE[weight.dtype], rows, cols, blocksize, packed.data_ptr(),
+        absmax.data_ptr(), threads, _isa,
+    )  # fmt: skip
+    if status == 4:
+        bad = ~torch.isfinite(weight)
+        where = tuple(int(i) for i in bad.nonzero()[0])
+        raise ValueError(
+            f"nf4_quantize: expected finite weights, got {int(bad.sum())} NaN or Inf of {weight.numel()}, "
+            f"the first at index {where}"
+        )
+    if status:
+        _raise_status("nf4_quantize", status)
+    if not double_quant:
+        return packed, absmax.view(torch.uint8), torch.empty(0, dtype=torch.uint8)
+    codes = torch.empty(blocks, dtype=torch.uint8)
+    nested = torch.empty(nested_bytes, dtype=torch.uint8)
+    status = _C.nf4_double_quantize(absmax.data_ptr(), blocks, codes.data_ptr(), nested.data_ptr(), threads)
+    if status:
+        _raise_status("nf4_quantize", status)
+    return packed, codes, nested
+
+
+def _nf4_quantize_fake(weight: Tensor, blocksize: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
+    packed_shape, blocks, nested_bytes = _quantize_shapes(weight, blocksize, double_quant)
+
+    def new(*shape: int) -> Tensor:
+        return weight.new_empty(shape, dtype=torch.uint8)
+
+    return new(*packed_shape), new(blocks if double_quant else 4 * blocks), new(nested_bytes)
+
+
+_register(
+    "nf4_quantize(Tensor weight, int blocksize, bool double_quant) -> (Tensor packed, Tensor scales, Tensor nested)",
+    _nf4_quantize_cpu,
+    _nf4_quantize_fake,
+)
+
+
+def _check_dequantize(
+    packed: Tensor, scales: Tensor, nested: Tensor | None, cols: int, blocksize: int, dtype: torch.dtype
+) -> int:
+    op = "nf4_dequantize"
+    if dtype not in _DTYPE_CODE:
+        raise TypeError(f"{op}: expected dtype float32, bfloat16 or float16, got {dtype}")
+    if packed.dim() != 2:
+        raise ValueError(f"{op}: expected packed of shape (n, ceil(k / 2)), got {tuple(packed.shape)}")
+    _check_weight(op, packed, scales, nested, packed.shape[0], cols, blocksize, packed.device)
+    return packed.shape[0]
+
+
+def _nf4_dequantize_cpu(
+    packed: Tensor, scales: Tensor, nested: Tensor | None, cols: int, blocksize: int, dtype: torch.dtype
+) -> Tensor:
+    rows = _check_dequantize(packed, scales, nested, cols, blocksize, dtype)
+    packed, scales = packed.contiguous(), scales.contiguous()
+    nested = None if nested is None else nested.contiguous()
+    out = torch.empty((rows, cols), dtype=dtype)
+    status = _C.nf4_dequantize(
+        packed.data_ptr(), scales.data_ptr(), _ptr(nested), rows, cols, blocksize, out.data_ptr(),
+        _DTYPE_CODE[dtype], torch.get_num_threads(), _isa,
+    )  # fmt: skip
+    if status:
+        _raise_status("nf4_dequantize", status)
+    return out
+
+
+def _nf4_dequantize_fake(
+    packed: Tensor, scales: Tensor, nested: Tensor | None, cols: int, blocksize: int, dtype: torch.dtype
+) -> Tensor:
+    rows = _check_dequantize(packed, scales, nested, cols, blocksize, dtype)
+    return packed.new_empty((rows, cols), dtype=dtype)
+
+
+_register(
+    "nf4_dequantize(Tensor packed, Tensor scales, Tensor? nested, int cols, int blocksize, ScalarType dtype) -> Tensor",
+    _nf4_dequantize_cpu,
+    _nf4_dequantize_fake,
+)
+
+
+def _run_linear(
+    op: str,
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    blocksize: int,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    n, k, r = _check_linear(op, x, packed, scales, nested, blocksize, bias, lora_a, lora_b)
+    # Contiguous copies are bound to names so that they outlive the call: an address keeps nothing alive.
+    x, packed, scales = x.contiguous(), packed.contiguous(), scales.contiguous()
+    nested = None if nested is None else nested.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    lora_a = None if lora_a is None else lora_a.contiguous()
+    lora_b = None if lora_b is None else lora_b.contiguous()
+    lead = x.shape[:-1]
+    m = lead.numel()
+    y = torch.empty((*lead, n), dtype=x.dtype)
+    u = torch.empty((*lead, r), dtype=x.dtype)
+    status = _C.nf4_linear(
+        x.data_ptr(), packed.data_ptr(), scales.data_ptr(), _ptr(nested), _ptr(bias), _ptr(lora_a), _ptr(lora_b),
+        u.data_ptr(), y.data_ptr(), m, n, k, r, blocksize, scaling, _DTYPE_CODE[x.dtype],
+        _DTYPE_CODE[x.dtype if lora_a is None else lora_a.dtype], torch.get_num_threads(), _isa,
+    )  # fmt: skip
+    if status:
+        _raise_status(op, status)
+    return y, u
+
+
+def _nf4_linear_cpu(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    blocksize: int,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    return _run_linear("nf4_linear", x, packed, scales, nested, blocksize, bias, lora_a, lora_b, scaling)[0]
+
+
+def _nf4_linear_fake(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    blocksize: int,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    n, _, _ = _check_linear("nf4_linear", x, packed, scales, nested, blocksize, bias, lora_a, lora_b)
+    return x.new_empty((*x.shape[:-1], n))
+
+
+_LINEAR_ARGS = (
+    "(Tensor x, Tensor packed, Tensor scales, Tensor? nested, int blocksize, Tensor? bias, Tensor? lora_a, "
+    "Tensor? lora_b, float scaling)"
+)
+_register(f"nf4_linear{_LINEAR_ARGS} -> Tensor", _nf4_linear_cpu, _nf4_linear_fake)
+
+
+def _nf4_linear_with_u_cpu(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    blocksize: int,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    return _run_linear("nf4_linear", x, packed, scales, nested, blocksize, bias, lora_a, lora_b, scaling)
+
+
+def _nf4_linear_with_u_fake(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    blocksize: int,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    n, _, r = _check_linear("nf4_linear", x, packed, scales, nested, blocksize, bias, lora_a, lora_b)
+    return x.new_empty((*x.shape[:-1], n)), x.new_empty((*x.shape[:-1], r))
+
+
+_register(
+    f"nf4_linear_with_u{_LINEAR_ARGS} -> (Tensor y, Tensor u)", _nf4_linear_with_u_cpu, _nf4_linear_with_u_fake
+)
+
+
+def _check_given_u(
+    op: str,
+    x: Tensor,
+    u: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    blocksize: int,
+    bias: Tensor | None,
+    lora_b: Tensor,
+) -> tuple[int, int, int]:
+    n, k, _ = _check_linear(op, x, packed, scales, nested, blocksize, bias, None, None)
+    _check_float(op, "lora_b", lora_b)
+    if u.dtype != x.dtype:
+        raise TypeError(f"{op}: expected u in x's dtype {x.dtype}, got {u.dtype}")
+    _check_same_device(op, "u", u, x.device)
+    _check_same_device(op, "lora_b", lora_b, x.device)
+    r = u.shape[-1]
+    _check_shape(op, "u", u, (*x.shape[:-1], r), "x's rows, rank")
+    _check_shape(op, "lora_b", lora_b, (n, r), f"{n} out_features, rank {r}")
+    return n, k, r
+
+
+def _nf4_linear_given_u_cpu(
+    x: Tensor,
+    u: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    blocksize: int,
+    bias: Tensor | None,
+    lora_b: Tensor,
+    scaling: float,
+) -> Tensor:
+    op = "nf4_linear_given_u"
+    n, k, r = _check_given_u(op, x, u, packed, scales, nested, blocksize, bias, lora_b)
+    x, u, packed, scales = x.contiguous(), u.contiguous(), packed.contiguous(), scales.contiguous()
+    nested = None if nested is None else nested.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    lora_b = lora_b.contiguous()
+    lead = x.shape[:-1]
+    y = torch.empty((*lead, n), dtype=x.dtype)
+    status = _C.nf4_linear(
+        x.data_ptr(), packed.data_ptr(), scales.data_ptr(), _ptr(nested), _ptr(bias), 0, lora_b.data_ptr(),
+        u.data_ptr(), y.data_ptr(), lead.numel(), n, k, r, blocksize, scaling, _DTYPE_CODE[x.dtype],
+        _DTYPE_CODE[lora_b.dtype], torch.get_num_threads(), _isa,
+    )  # fmt: skip
+    if status:
+        _raise_status(op, status)
+    return y
+
+
+def _nf4_linear_given_u_fake(
+    x: Tensor,
+    u: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    blocksize: int,
+    bias: Tensor | None,
+    lora_b: Tensor,
+    scaling: float,
+) -> Tensor:
+    n, _, _ = _check_given_u("nf4_linear_given_u", x, u, packed, scales, nested, blocksize, bias, lora_b)
+    return x.new_empty((*x.shape[:-1], n))
+
+
+_register(
+    "nf4_linear_given_u(Tensor x, Tensor u, Tensor packed, Tensor scales, Tensor? nested, int blocksize, "
+    "Tensor? bias, Tensor lora_b, float scaling) -> Tensor",
+    _nf4_linear_given_u_cpu,
+    _nf4_linear_given_u_fake,
+)
+
+
+def _check_grad_input(
+    dy: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    in_features: int,
+    blocksize: int,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+) -> tuple[int, int]:
+    """Returns (n, r)."""
+    op = "nf4_linear_grad_input"
+    if packed.dim() != 2:
+        raise ValueError(f"{op}: expected packed of shape (n, ceil(k / 2)), got {tuple(packed.shape)}")
+    n = packed.shape[0]
+    _check_activation(op, "dy", dy, n, "the weight's out_features")
+    _check_weight(op, packed, scales, nested, n, in_features, blocksize, dy.device)
+    return n, _check_lora(op, lora_a, lora_b, n, in_features, dy.device)
+
+
+def _nf4_linear_grad_input_cpu(
+    dy: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    in_features: int,
+    blocksize: int,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    n, r = _check_grad_input(dy, packed, scales, nested, in_features, blocksize, lora_a, lora_b)
+    dy, packed, scales = dy.contiguous(), packed.contiguous(), scales.contiguous()
+    nested = None if nested is None else nested.contiguous()
+    lora_a = None if lora_a is None else lora_a.contiguous()
+    lora_b = None if lora_b is None else lora_b.contiguous()
+    lead = dy.shape[:-1]
+    dx = torch.empty((*lead, in_features), dtype=dy.dtype)
+    v = torch.empty((*lead, r), dtype=dy.dtype)
+    status = _C.nf4_linear_grad_input(
+        dy.data_ptr(), packed.data_ptr(), scales.data_ptr(), _ptr(nested), _ptr(lora_a), _ptr(lora_b),
+        v.data_ptr(), dx.data_ptr(), lead.numel(), n, in_features, r, blocksize, scaling, _DTYPE_CODE[dy.dtype],
+        _DTYPE_CODE[dy.dtype if lora_a is None else lora_a.dtype], torch.get_num_threads(), _isa,
+    )  # fmt: skip
+    if status:
+        _raise_status("nf4_linear_grad_input", status)
+    return dx, v
+
+
+def _nf4_linear_grad_input_fake(
+    dy: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    in_features: int,
+    blocksize: int,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    _, r = _check_grad_input(dy, packed, scales, nested, in_features, blocksize, lora_a, lora_b)
+    return dy.new_empty((*dy.shape[:-1], in_features)), dy.new_empty((*dy.shape[:-1], r))
+
+
+_register(
+    "nf4_linear_grad_input(Tensor dy, Tensor packed, Tensor scales, Tensor? nested, int in_features, "
+    "int blocksize, Tensor? lora_a, Tensor? lora_b, float scaling) -> (Tensor dx, Tensor v)",
+    _nf4_linear_grad_input_cpu,
+    _nf4_linear_grad_input_fake,
+)
+
+
+def _check_dropout(x: Tensor, seed: Tensor, p: float) -> None:
+    _check_float("lora_dropout", "x", x)
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise TypeError(
+            f"lora_dropout: expected seed as one int64, got {seed.dtype} of shape {tuple(seed.shape)}"
+        )
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"lora_dropout: expected p in [0, 1), got {p}")
+
+
+def _lora_dropout_cpu(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    _check_dropout(x, seed, p)
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    status = _C.lora_dropout(
+        x.data_ptr(), out.data_ptr(), x.numel(), int(seed.item()) & 0xFFFFFFFFFFFFFFFF, p,
+        _DTYPE_CODE[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    if status:
+        _raise_status("lora_dropout", status)
+    return out
+
+
+def _lora_dropout_fake(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    _check_dropout(x, seed, p)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_register("lora_dropout(Tensor x, Tensor seed, float p) -> Tensor", _lora_dropout_cpu, _lora_dropout_fake)
