@@ -131,7 +131,11 @@ def _check_weight(
     blocks = _blocks(rows * cols, blocksize)
     want = blocks if nested is not None else 4 * blocks
     _check_shape(
-        op, "scales", scales, (want,), f"{blocks} blocks, {'one byte' if nested is not None else '4 bytes'} each"
+        op,
+        "scales",
+        scales,
+        (want,),
+        f"{blocks} blocks, {'one byte' if nested is not None else '4 bytes'} each",
     )
     if nested is not None:
         groups = _blocks(blocks, NESTED_BLOCKSIZE)
@@ -281,6 +285,63 @@ _register(
 )
 
 
+def _check_scales(scales: Tensor, nested: Tensor | None) -> int:
+    """Returns the number of blocks."""
+    op = "nf4_decode_absmax"
+    for name, t in (("scales", scales), ("nested", nested)):
+        if t is None:
+            continue
+        if t.dtype != torch.uint8:
+            raise TypeError(f"{op}: expected {name} in uint8, got {t.dtype}")
+        _check_same_device(op, name, t, scales.device)
+        if t.dim() != 1:
+            raise ValueError(f"{op}: expected {name} of one dimension, got shape {tuple(t.shape)}")
+    if nested is None:
+        if scales.shape[0] % 4:
+            raise ValueError(f"{op}: expected scales of 4 bytes a block, got {scales.shape[0]} bytes")
+        return scales.shape[0] // 4
+    groups = _blocks(scales.shape[0], NESTED_BLOCKSIZE)
+    _check_shape(op, "nested", nested, (4 * (1 + groups),), f"an offset and {groups} scales of 4 bytes")
+    return scales.shape[0]
+
+
+def _nf4_decode_absmax_cpu(scales: Tensor, nested: Tensor | None) -> Tensor:
+    blocks = _check_scales(scales, nested)
+    scales = scales.contiguous()
+    nested = None if nested is None else nested.contiguous()
+    absmax = torch.empty(blocks, dtype=torch.float32)
+    status = _C.nf4_decode_absmax(
+        scales.data_ptr(), _ptr(nested), blocks, absmax.data_ptr(), torch.get_num_threads()
+    )
+    if status:
+        _raise_status("nf4_decode_absmax", status)
+    return absmax
+
+
+def _nf4_decode_absmax_fake(scales: Tensor, nested: Tensor | None) -> Tensor:
+    return scales.new_empty(_check_scales(scales, nested), dtype=torch.float32)
+
+
+_register(
+    "nf4_decode_absmax(Tensor scales, Tensor? nested) -> Tensor",
+    _nf4_decode_absmax_cpu,
+    _nf4_decode_absmax_fake,
+)
+
+
+def nf4_dynamic_map() -> Tensor:
+    """The 256 values of the signed dynamic 8-bit map that double quantisation indexes: float32, ascending."""
+    identity = torch.tensor([0.0, 1.0]).view(torch.uint8)  # offset 0, scale 1
+    return _nf4_decode_absmax_cpu(torch.arange(256, dtype=torch.uint8), identity)
+
+
+def nf4_codes() -> Tensor:
+    """The 16 values of NF4: float32, ascending."""
+    packed = torch.arange(0x01, 0x100, 0x22, dtype=torch.int32).to(torch.uint8)  # 01 23 45 ... ef
+    one = torch.ones(1).view(torch.uint8)
+    return _nf4_dequantize_cpu(packed.reshape(1, 8), one, None, 16, 32, torch.float32).reshape(16)
+
+
 def _check_dequantize(
     packed: Tensor, scales: Tensor, nested: Tensor | None, cols: int, blocksize: int, dtype: torch.dtype
 ) -> int:
@@ -422,7 +483,9 @@ def _nf4_linear_with_u_fake(
 
 
 _register(
-    f"nf4_linear_with_u{_LINEAR_ARGS} -> (Tensor y, Tensor u)", _nf4_linear_with_u_cpu, _nf4_linear_with_u_fake
+    f"nf4_linear_with_u{_LINEAR_ARGS} -> (Tensor y, Tensor u)",
+    _nf4_linear_with_u_cpu,
+    _nf4_linear_with_u_fake,
 )
 
 
