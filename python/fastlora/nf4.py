@@ -2,7 +2,7 @@
 
 NF4 (Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023) stores each weight as one of 16
 values between -1 and 1, times the largest magnitude of its block. Blocks run over the flattened tensor. The
-bits are bitsandbytes' wherever those are well defined; csrc/include/fastlora/nf4.h has the layout byte by byte.
+bits are bitsandbytes' wherever those are well defined; csrc/include/fastlora/nf4.h has the layout.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class NF4Weight:
     Attributes:
         packed: uint8 ``(*shape[:-1], ceil(shape[-1] / 2))``, two codes a byte, the even column in the high
             nibble; an odd row ends with code 7 (zero).
-        scales: uint8. With `nested` None the bytes of one float32 absmax a block, else an 8-bit index a block.
+        scales: uint8. With `nested` None the bytes of a float32 absmax a block, else an 8-bit index a block.
         nested: None, or the bytes (uint8) of float32 ``[offset, one scale for every 256 blocks]``.
         shape: the original shape, at least one dimension.
         dtype: the original dtype (float32, bfloat16 or float16); what :meth:`dequantize` returns.
@@ -142,8 +142,8 @@ class NF4Weight:
 
         Args:
             tensors: a state dict, or the contents of a checkpoint file.
-            prefix: the layer's name (``"model.layers.0.mlp.up_proj"``, with or without a final dot, ``""`` for
-                a layer's own state dict); or, ending in ``weight``, the weight's own key.
+            prefix: the layer's name (``"model.layers.0.mlp.up_proj"``, with or without a final dot, ``""``
+                for a layer's own state dict); or, ending in ``weight``, the weight's own key.
 
         Double-quantised scales are kept as they are, unless the file uses another 8-bit map or another second
         block size than 256: then the absmax values are decoded to float32, which loses nothing.
