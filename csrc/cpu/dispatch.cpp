@@ -27,14 +27,14 @@ constexpr Level kLevels[kIsaCount] = {
 #ifdef FASTLORA_X86
     {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_scalar, nf4_linear_scalar, nullptr, 0, 0,
      nf4_linear_grad_input_scalar, nf4_linear_grad_input_scalar},
-    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_scalar, nf4_linear_scalar, nullptr, 0, 0,
-     nf4_linear_grad_input_scalar, nf4_linear_grad_input_scalar},
-    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_scalar, nf4_linear_scalar, nullptr, 0, 0,
-     nf4_linear_grad_input_scalar, nf4_linear_grad_input_scalar},
-    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_scalar, nf4_linear_scalar, nullptr, 0, 0,
-     nf4_linear_grad_input_scalar, nf4_linear_grad_input_scalar},
-    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_scalar, nf4_linear_scalar, nullptr, 0, 0,
-     nf4_linear_grad_input_scalar, nf4_linear_grad_input_scalar},
+    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_avx512, nf4_linear_avx512, nullptr, 0, 0,
+     nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512},
+    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_avx512, nf4_linear_avx512_bf16, nullptr, 0, 0,
+     nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512_bf16},
+    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_avx512, nf4_linear_avx512_bf16, nullptr, 0, 0,
+     nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512_bf16},
+    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_avx512, nf4_linear_avx512_bf16, nullptr, 0, 0,
+     nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512_bf16},
 #endif
 };
 

@@ -1,0 +1,152 @@
+// What the bfloat16 levels share: the look-up, the packing, the orders. nf4_linear_avx512_bf16.cpp multiplies
+// with vdpbf16ps, nf4_linear_amx.cpp with tiles. Private to each file that includes it.
+#pragma once
+
+#include "gemm_driver.h"
+#include "simd_avx512.h"
+
+namespace fastlora::cpu {
+namespace {
+
+struct Bf16Level {
+  using T = uint16_t;
+  static constexpr int64_t kPerItem = 2;
+  static constexpr int64_t kRun = 128;  // 64 packed bytes: four look-ups of 32 weights
+  static constexpr int64_t kStripRows = 32;
+  static constexpr int64_t kAccumulatorBytes = 512 << 10;
+
+  struct Run {
+    const uint8_t* bytes;  // the run's first packed byte, `count` of them readable
+    int64_t count;
+    const float* absmax;  // of the run's first column; kAbsmaxSlack readable beyond the last
+    int32_t phase;        // the first column's place in its block
+    int shift;            // log2(blocksize)
+  };
+
+  // `vpermw` reads the low five bits of a word: w, w >> 4, w >> 8, w >> 12 are four look-ups. The c-th yields
+  // columns 4i + (c ^ 1).
+  static constexpr int64_t order(int64_t p) { return 4 * (p % 32) + ((p / 32) ^ 1); }
+  // Two rows interleaved with vpunpck[lh]wd: panel 2c + h, lane 4L + j comes from word 8L + 4h + j.
+  static constexpr int64_t column_of(int64_t p) {
+    const int64_t c = p / 32, h = p / 16 % 2, lane = p % 16 / 4, j = p % 4;
+    return 4 * (8 * lane + 4 * h + j) + (c ^ 1);
+  }
+
+  static uint16_t from_float(float f) { return float_to_bf16(f); }
+  static void begin() {}
+  static void end() {}
+
+  static void load_row(const void* src, DType dtype, int64_t count, uint16_t* dst) {
+    if (dtype == DType::kBFloat16) {
+      std::memcpy(dst, src, static_cast<size_t>(count) * 2);
+      return;
+    }
+    for (int64_t i = 0; i < count; i += 16) {
+      const __mmask16 mask = mask16(count - i);
+      _mm256_mask_storeu_epi16(dst + i, mask, to_bf16(load16(element_ptr(src, i, dtype), dtype, mask)));
+    }
+  }
+  static void store_row(const float* src, int64_t count, DType dtype, void* dst) {
+    store_row_f32(src, count, dtype, dst);
+  }
+  static void decode_absmax(const Nf4Scales& scales, const float* map, int64_t first, int64_t count, float* out) {
+    decode_absmax_row(scales, map, first, count, out);
+  }
+  static void transpose_strip(const float* c, int64_t ldc, float (*block)[32]) {
+    transpose_strip32(c, ldc, block);
+  }
+
+  // An item is columns e and e + 4 of a group of eight (one 128-bit lane): bring the pairs together, then
+  // transpose 16x16 dwords; dword d goes to vector (d % 4) ^ 1, item d / 4.
+  static void pack_run(const uint16_t (*piece)[kRun], uint8_t* out, int64_t stride) {
+    const __m512i pair_up = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+    for (int64_t d0 = 0; d0 < kRun / 2; d0 += 16) {
+      __m512i rows[16];
+      for (int j = 0; j < 16; ++j) {
+        rows[j] = _mm512_shuffle_epi8(_mm512_load_si512(piece[j] + 2 * d0), pair_up);
+      }
+      transpose16(rows);
+      for (int d = 0; d < 16; ++d) {
+        _mm512_store_si512(out + ((d % 4) ^ 1) * stride + ((d0 + d) / 4) * 64, rows[d]);
+      }
+    }
+  }
+
+  // The four look-ups of a run: values[c] holds columns 4i + (c ^ 1), code * absmax rounded once to bfloat16.
+  static void look_up(const Run& run, __m512i (&values)[4]) {
+    const __m512 codes = _mm512_loadu_ps(kNf4Codes);
+    const __m512i words = _mm512_maskz_loadu_epi8(mask64(run.count), run.bytes);
+    if (run.shift >= 6 && run.phase % 64 == 0) {
+      // Two halves with one absmax each: one table of 32 words, the second half's codes above the first's, and
+      // bit 4 of every index says which half the word is in.
+      const __m512 first = _mm512_mul_ps(codes, _mm512_set1_ps(run.absmax[run.phase >> run.shift]));
+      const __m512 second = _mm512_mul_ps(codes, _mm512_set1_ps(run.absmax[(run.phase + 64) >> run.shift]));
+      const __m512i table = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+      const __m512i low = _mm512_set1_epi16(0x0f);
+      const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(0x10), 1);
+      for (int c = 0; c < 4; ++c) {
+        const __m512i index = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4 * c), low, half, 0xea);
+        values[c] = _mm512_permutexvar_epi16(index, table);
+      }
+      return;
+    }
+    const __m512 scales = _mm512_loadu_ps(run.absmax);  // at most 5 of them are used
+    const __m128i shift = _mm_cvtsi32_si128(run.shift);
+    const __m512i lane4 = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60);
+    for (int c = 0; c < 4; ++c) {
+      const __m512i index = _mm512_srli_epi16(words, 4 * c);
+      __m512 scaled[2];
+      for (int h = 0; h < 2; ++h) {
+        const __m256i words16 = h == 0 ? _mm512_castsi512_si256(index) : _mm512_extracti64x4_epi64(index, 1);
+        const __m512 value = _mm512_permutexvar_ps(_mm512_cvtepu16_epi32(words16), codes);
+        const __m512i place = _mm512_add_epi32(lane4, _mm512_set1_epi32(run.phase + 64 * h + (c ^ 1)));
+        scaled[h] = _mm512_mul_ps(value, _mm512_permutexvar_ps(_mm512_srl_epi32(place, shift), scales));
+      }
+      values[c] = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scaled[1], scaled[0]));
+    }
+  }
+
+  static void dequantize_run(const Run& run, uint8_t* const* out) {
+    __m512i values[4];
+    look_up(run, values);
+    for (int c = 0; c < 4; ++c) _mm512_store_si512(out[c], values[c]);
+  }
+
+  // Two rows of W as items of the contraction over rows.
+  static void dequantize_pair(const Run& even, const Run& odd, uint8_t* const* out) {
+    __m512i a[4], b[4];
+    look_up(even, a);
+    look_up(odd, b);
+    for (int c = 0; c < 4; ++c) {
+      _mm512_store_si512(out[2 * c], _mm512_unpacklo_epi16(a[c], b[c]));
+      _mm512_store_si512(out[2 * c + 1], _mm512_unpackhi_epi16(a[c], b[c]));
+    }
+  }
+
+  // The inverse of column_of: per half h a 4x4 transpose inside the lanes, then one of whole lanes.
+  static void restore_columns(const float* c, float* out) {
+    for (int h = 0; h < 2; ++h) {
+      __m512 w[4], t[4], lanes[4];
+      for (int q = 0; q < 4; ++q) w[q] = _mm512_load_ps(c + (2 * (q ^ 1) + h) * 16);
+      t[0] = _mm512_unpacklo_ps(w[0], w[1]);
+      t[1] = _mm512_unpackhi_ps(w[0], w[1]);
+      t[2] = _mm512_unpacklo_ps(w[2], w[3]);
+      t[3] = _mm512_unpackhi_ps(w[2], w[3]);
+      for (int j = 0; j < 4; ++j) {  // lanes[j]: in lane L the four columns from 32L + 16h + 4j on
+        const __m512d a = _mm512_castps_pd(t[j / 2]), b = _mm512_castps_pd(t[2 + j / 2]);
+        lanes[j] = _mm512_castpd_ps(j % 2 == 0 ? _mm512_unpacklo_pd(a, b) : _mm512_unpackhi_pd(a, b));
+      }
+      const __m512 even01 = _mm512_shuffle_f32x4(lanes[0], lanes[1], 0x88);
+      const __m512 odd01 = _mm512_shuffle_f32x4(lanes[0], lanes[1], 0xdd);
+      const __m512 even23 = _mm512_shuffle_f32x4(lanes[2], lanes[3], 0x88);
+      const __m512 odd23 = _mm512_shuffle_f32x4(lanes[2], lanes[3], 0xdd);
+      _mm512_store_ps(out + 16 * h, _mm512_shuffle_f32x4(even01, even23, 0x88));
+      _mm512_store_ps(out + 32 + 16 * h, _mm512_shuffle_f32x4(odd01, odd23, 0x88));
+      _mm512_store_ps(out + 64 + 16 * h, _mm512_shuffle_f32x4(even01, even23, 0xdd));
+      _mm512_store_ps(out + 96 + 16 * h, _mm512_shuffle_f32x4(odd01, odd23, 0xdd));
+    }
+  }
+};
+
+}  // namespace
+}  // namespace fastlora::cpu
