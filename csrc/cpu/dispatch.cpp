@@ -31,10 +31,10 @@ constexpr Level kLevels[kIsaCount] = {
      nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512},
     {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_avx512, nf4_linear_avx512_bf16, nullptr, 0, 0,
      nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512_bf16},
-    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_avx512, nf4_linear_avx512_bf16, nullptr, 0, 0,
-     nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512_bf16},
-    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_avx512, nf4_linear_avx512_bf16, nullptr, 0, 0,
-     nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512_bf16},
+    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_avx512, nf4_linear_amx, nullptr, 0, 0,
+     nf4_linear_grad_input_avx512, nf4_linear_grad_input_amx},
+    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_avx512, nf4_linear_amx_emulated, nullptr, 0, 0,
+     nf4_linear_grad_input_avx512, nf4_linear_grad_input_amx_emulated},
 #endif
 };
 

@@ -1,0 +1,90 @@
+// The GEMM route for bfloat16 x with AMX: 2x2 tiles of float32, a step multiplies 32x32 by 32x32. Dequantising
+// and packing are the bfloat16 level's; only the multiply differs.
+//
+// nf4_linear_amx_emulated.cpp compiles this file a second time with the tiles in plain C++.
+#include "amx_tile.h"
+#include "level_avx512_bf16.h"
+
+namespace fastlora::cpu {
+namespace {
+
+struct Amx : Bf16Level {
+  static constexpr int64_t kGroup = 2;        // two B tiles side by side: 2 KiB a step
+  static constexpr int64_t kStripBlocks = 8;  // 256 columns: a strip of 16 KiB
+  static constexpr int64_t kPanelBlocks = 8;  // 256 rows of W: 16 KiB a group of panels
+  static constexpr int64_t kForwardRows = 128;
+  static constexpr int64_t kBackwardRows = 128;
+  static constexpr int64_t kPackedBytes = 1 << 20;
+
+  static void begin() { tile_begin(); }
+  static void end() { tile_end(); }
+
+  // kRowTiles x kPanels tiles of C: tiles 0..3 are C, 4 and 5 rows of the strip, 6 and 7 panels.
+  template <int kRowTiles, int kPanels>
+  static void micro(const uint8_t* strip, const uint8_t* panels, int64_t blocks, float* c, int64_t ldc,
+                    bool accumulate) {
+    float* c_low = c + 16 * ldc;
+    if (accumulate) {
+      tile_load<0>(c, ldc * 4);
+      if constexpr (kPanels == 2) tile_load<1>(c + 16, ldc * 4);
+      if constexpr (kRowTiles == 2) tile_load<2>(c_low, ldc * 4);
+      if constexpr (kRowTiles == 2 && kPanels == 2) tile_load<3>(c_low + 16, ldc * 4);
+    } else {
+      tile_zero<0>();
+      tile_zero<1>();
+      tile_zero<2>();
+      tile_zero<3>();
+    }
+    for (int64_t b = 0; b < blocks; ++b) {
+      tile_load<4>(strip, 64);
+      tile_load<6>(panels, 64);
+      tile_multiply<0, 4, 6>();
+      if constexpr (kPanels == 2) {
+        tile_load<7>(panels + kTileBytes, 64);
+        tile_multiply<1, 4, 7>();
+      }
+      if constexpr (kRowTiles == 2) {
+        tile_load<5>(strip + 1024, 64);
+        tile_multiply<2, 5, 6>();
+        if constexpr (kPanels == 2) tile_multiply<3, 5, 7>();
+      }
+      strip += kStripRows * 64;
+      panels += kPanels * kTileBytes;
+    }
+    tile_store<0>(c, ldc * 4);
+    if constexpr (kPanels == 2) tile_store<1>(c + 16, ldc * 4);
+    if constexpr (kRowTiles == 2) tile_store<2>(c_low, ldc * 4);
+    if constexpr (kRowTiles == 2 && kPanels == 2) tile_store<3>(c_low + 16, ldc * 4);
+  }
+
+  static void multiply(const uint8_t* strip, const uint8_t* panels, int64_t width, int64_t blocks, float* c,
+                       int64_t ldc, int64_t rows, bool accumulate) {
+    tile_fence();
+    if (width == 2) {
+      if (rows > 16) {
+        micro<2, 2>(strip, panels, blocks, c, ldc, accumulate);
+      } else {
+        micro<1, 2>(strip, panels, blocks, c, ldc, accumulate);
+      }
+    } else {
+      if (rows > 16) {
+        micro<2, 1>(strip, panels, blocks, c, ldc, accumulate);
+      } else {
+        micro<1, 1>(strip, panels, blocks, c, ldc, accumulate);
+      }
+    }
+    tile_fence();
+  }
+};
+
+}  // namespace
+
+#ifdef FASTLORA_AMX_EMULATE
+Status nf4_linear_amx_emulated(const Nf4LinearArgs& args) { return gemm_linear<Amx>(args); }
+Status nf4_linear_grad_input_amx_emulated(const Nf4LinearGradInputArgs& args) { return gemm_grad_input<Amx>(args); }
+#else
+Status nf4_linear_amx(const Nf4LinearArgs& args) { return gemm_linear<Amx>(args); }
+Status nf4_linear_grad_input_amx(const Nf4LinearGradInputArgs& args) { return gemm_grad_input<Amx>(args); }
+#endif
+
+}  // namespace fastlora::cpu
