@@ -12,10 +12,10 @@ using namespace cpu;
 struct Level {
   Status (*quantize)(const Nf4QuantizeArgs&);
   Status (*dequantize)(const Nf4DequantizeArgs&);
-  Status (*linear)(const Nf4LinearArgs&);             // every dtype, or all but bfloat16
-  Status (*linear_bf16)(const Nf4LinearArgs&);        // bfloat16 x
-  Status (*linear_decode)(const Nf4LinearArgs&);      // up to decode_rows rows of x; null: there is none
-  int64_t decode_rows_float, decode_rows_bf16;        // crossovers: above, the GEMM route is faster
+  Status (*linear)(const Nf4LinearArgs&);         // every dtype, or all but bfloat16
+  Status (*linear_bf16)(const Nf4LinearArgs&);    // bfloat16 x
+  Status (*linear_decode)(const Nf4LinearArgs&);  // up to decode_rows rows of x; null: there is none
+  int64_t decode_rows_float, decode_rows_bf16;    // crossovers: above, the GEMM route is faster
   Status (*grad_input)(const Nf4LinearGradInputArgs&);
   Status (*grad_input_bf16)(const Nf4LinearGradInputArgs&);
 };
@@ -43,9 +43,7 @@ const Level* level_of(Isa isa) {
   return index >= 0 && index < kIsaCount && isa_available(isa) ? &kLevels[index] : nullptr;
 }
 
-bool valid_blocksize(int64_t b) {
-  return b >= kMinBlocksize && b <= kMaxBlocksize && (b & (b - 1)) == 0;
-}
+bool valid_blocksize(int64_t b) { return b >= kMinBlocksize && b <= kMaxBlocksize && (b & (b - 1)) == 0; }
 
 bool valid_weight(const Nf4Weight& w) { return w.n >= 0 && w.k >= 0 && valid_blocksize(w.blocksize); }
 

@@ -63,7 +63,8 @@ void forward_range(void* context, int64_t begin, int64_t end) {
       for (int64_t first = 0; first < w.k; first += kPiece) {
         const int64_t count = min64(kPiece, w.k - first);
         dequantize_piece(w, map, o, first, count, piece);
-        for (int64_t i = 0; i < rows; ++i) sums[i] = dot(piece, a.x, (i0 + i) * w.k + first, a.dtype, count, sums[i]);
+        for (int64_t i = 0; i < rows; ++i)
+          sums[i] = dot(piece, a.x, (i0 + i) * w.k + first, a.dtype, count, sums[i]);
       }
       for (int64_t i = 0; i < rows; ++i) {
         float sum = sums[i];

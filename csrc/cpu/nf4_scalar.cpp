@@ -59,8 +59,7 @@ void pack_range(void* context, int64_t begin, int64_t end) {
       return nearest_code(load_as_float(a.weight, i, a.dtype) * inverse);
     };
     for (int64_t byte = 0; byte < row_bytes; ++byte) {
-      a.packed[row * row_bytes + byte] =
-          static_cast<uint8_t>((code_at(2 * byte) << 4) | code_at(2 * byte + 1));
+      a.packed[row * row_bytes + byte] = static_cast<uint8_t>((code_at(2 * byte) << 4) | code_at(2 * byte + 1));
     }
   }
 }

@@ -78,8 +78,7 @@ static inline void store_from_float(void* base, int64_t index, DType dtype, floa
   if (dtype == DType::kFloat32) {
     static_cast<float*>(base)[index] = value;
   } else {
-    static_cast<uint16_t*>(base)[index] =
-        dtype == DType::kBFloat16 ? float_to_bf16(value) : float_to_fp16(value);
+    static_cast<uint16_t*>(base)[index] = dtype == DType::kBFloat16 ? float_to_bf16(value) : float_to_fp16(value);
   }
 }
 

@@ -7,8 +7,8 @@ values, TypeError for dtypes, RuntimeError for devices and builds.
 Storage conventions shared by all ops (see fastlora/nf4.h):
 
 * ``packed`` uint8 ``(n, ceil(k / 2))``: two 4-bit codes a byte, the even column in the high nibble.
-* ``scales`` uint8: with ``nested`` None the bytes of ``ceil(n*k / blocksize)`` float32 absmax values, else one
-  8-bit index a block.
+* ``scales`` uint8: with ``nested`` None the bytes of ``ceil(n*k / blocksize)`` float32 absmax values, else
+  one 8-bit index a block.
 * ``nested`` uint8 or None: the bytes of float32 ``[offset, absmax2 of blocks 0..255, of 256..511, ...]``.
 """
 
@@ -279,7 +279,8 @@ def _nf4_quantize_fake(weight: Tensor, blocksize: int, double_quant: bool) -> tu
 
 
 _register(
-    "nf4_quantize(Tensor weight, int blocksize, bool double_quant) -> (Tensor packed, Tensor scales, Tensor nested)",
+    "nf4_quantize(Tensor weight, int blocksize, bool double_quant) -> "
+    "(Tensor packed, Tensor scales, Tensor nested)",
     _nf4_quantize_cpu,
     _nf4_quantize_fake,
 )
@@ -378,7 +379,8 @@ def _nf4_dequantize_fake(
 
 
 _register(
-    "nf4_dequantize(Tensor packed, Tensor scales, Tensor? nested, int cols, int blocksize, ScalarType dtype) -> Tensor",
+    "nf4_dequantize(Tensor packed, Tensor scales, Tensor? nested, int cols, int blocksize, ScalarType dtype) "
+    "-> Tensor",
     _nf4_dequantize_cpu,
     _nf4_dequantize_fake,
 )
@@ -408,8 +410,8 @@ def _run_linear(
     y = torch.empty((*lead, n), dtype=x.dtype)
     u = torch.empty((*lead, r), dtype=x.dtype)
     status = _C.nf4_linear(
-        x.data_ptr(), packed.data_ptr(), scales.data_ptr(), _ptr(nested), _ptr(bias), _ptr(lora_a), _ptr(lora_b),
-        u.data_ptr(), y.data_ptr(), m, n, k, r, blocksize, scaling, _DTYPE_CODE[x.dtype],
+        x.data_ptr(), packed.data_ptr(), scales.data_ptr(), _ptr(nested), _ptr(bias), _ptr(lora_a),
+        _ptr(lora_b), u.data_ptr(), y.data_ptr(), m, n, k, r, blocksize, scaling, _DTYPE_CODE[x.dtype],
         _DTYPE_CODE[x.dtype if lora_a is None else lora_a.dtype], torch.get_num_threads(), _isa,
     )  # fmt: skip
     if status:
@@ -605,8 +607,9 @@ def _nf4_linear_grad_input_cpu(
     v = torch.empty((*lead, r), dtype=dy.dtype)
     status = _C.nf4_linear_grad_input(
         dy.data_ptr(), packed.data_ptr(), scales.data_ptr(), _ptr(nested), _ptr(lora_a), _ptr(lora_b),
-        v.data_ptr(), dx.data_ptr(), lead.numel(), n, in_features, r, blocksize, scaling, _DTYPE_CODE[dy.dtype],
-        _DTYPE_CODE[dy.dtype if lora_a is None else lora_a.dtype], torch.get_num_threads(), _isa,
+        v.data_ptr(), dx.data_ptr(), lead.numel(), n, in_features, r, blocksize, scaling,
+        _DTYPE_CODE[dy.dtype], _DTYPE_CODE[dy.dtype if lora_a is None else lora_a.dtype],
+        torch.get_num_threads(), _isa,
     )  # fmt: skip
     if status:
         _raise_status("nf4_linear_grad_input", status)

@@ -72,7 +72,8 @@ def dynamic_map() -> Tensor:
     """The 256 ascending float32 values of the signed dynamic 8-bit map (8-bit optimizers, Dettmers, 2022).
 
     Seven decades 10^-6 .. 1; decade i has 2^i values on either side of zero, the centres of as many equal
-    cells of [0.1, 1], times the decade. And 0, and 1. Rounded to float32 at every step: files hold those bits.
+    cells of [0.1, 1], times the decade. And 0, and 1. Rounded to float32 at every step: files hold those
+    bits.
     """
     positive = []
     for decade in range(7):

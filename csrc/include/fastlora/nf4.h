@@ -31,7 +31,7 @@ inline constexpr float kNf4Codes[16] = {
     0.7229568362236023f,
     1.0f,
 };
-inline constexpr int64_t kMinBlocksize = 32;      // a power of two between these
+inline constexpr int64_t kMinBlocksize = 32;  // a power of two between these
 inline constexpr int64_t kMaxBlocksize = 4096;
 inline constexpr int64_t kNestedBlocksize = 256;  // absmax values that share one second-level scale
 

@@ -1,0 +1,74 @@
+# One command each; every target prepares what it needs. `make help` lists them.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+LINTED := python tests bench examples
+
+# Every pip call sees the tested versions, those of isolated builds included (newer pips read the second name
+# for them), so that nothing can pull another torch than the pinned one.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint format sanitize bench build clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo "  Variables: PYTHON=python3 (3.10 or newer), VENV=.venv, ARGS='...' (passed to demo, test and bench)"
+
+# --- the environment: tools and torch once, the package again whenever a source changes ---------------------
+
+$(VENV)/.tools: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("fastlora needs Python 3.10 or newer, got " + sys.version.split()[0] + "; say make PYTHON=/path/to/python3") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0 scikit-build-core pybind11 cmake ninja
+	@touch $@
+
+# Editable: Python sources are read from python/, the module _C is built in build/ and lives in the venv.
+$(VENV)/.package: $(VENV)/.tools $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test,demo,bench,lint]'
+	@touch $@
+
+venv: $(VENV)/.package ## create .venv, install the tested versions, build the package
+
+# --- the two commands ----------------------------------------------------------------------------------------
+
+demo: $(VENV)/.package ## fine-tune a 4-bit language model on real text
+	$(BIN)/python examples/finetune.py $(ARGS)
+
+test: $(VENV)/.package ## every test
+	$(BIN)/python -m pytest $(ARGS)
+
+# --- the rest ------------------------------------------------------------------------------------------------
+
+lint: $(VENV)/.package ## ruff, clang-format, mypy
+	$(BIN)/ruff check $(LINTED)
+	$(BIN)/ruff format --check $(LINTED)
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/mypy
+
+format: $(VENV)/.package ## let ruff and clang-format rewrite the sources
+	$(BIN)/ruff check --fix $(LINTED)
+	$(BIN)/ruff format $(LINTED)
+	$(BIN)/clang-format -i $(CPP)
+
+# The kernel library and its C++ test program; no Python in the process. Leaks count as errors.
+sanitize: $(VENV)/.tools ## the kernels under AddressSanitizer and UBSan
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFASTLORA_PYTHON=OFF -DFASTLORA_TESTS=ON -DFASTLORA_SANITIZE=address,undefined
+	$(BIN)/cmake --build build/sanitize
+	ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 build/sanitize/kernel_tests
+
+bench: $(VENV)/.package ## measure this machine; writes bench/results/
+	$(BIN)/python bench/run.py $(ARGS)
+
+build: $(VENV)/.tools ## an isolated build of the wheel into dist/
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean: ## remove what the targets above made, the environment included
+	rm -rf $(VENV) build dist demo_out .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,80 @@
+"""The kernels on raw addresses (csrc/bindings.cpp). Each returns a status; only ops.py calls them."""
+
+cuda_built: bool
+isa_count: int
+__version__: str
+
+def nf4_quantize(
+    weight: int,
+    dtype: int,
+    rows: int,
+    cols: int,
+    blocksize: int,
+    packed: int,
+    absmax: int,
+    threads: int,
+    isa: int,
+    /,
+) -> int: ...
+def nf4_double_quantize(absmax: int, blocks: int, codes: int, nested: int, threads: int, /) -> int: ...
+def nf4_dequantize(
+    packed: int,
+    scales: int,
+    nested: int,
+    n: int,
+    k: int,
+    blocksize: int,
+    out: int,
+    dtype: int,
+    threads: int,
+    isa: int,
+    /,
+) -> int: ...
+def nf4_decode_absmax(scales: int, nested: int, blocks: int, absmax: int, threads: int, /) -> int: ...
+def nf4_linear(
+    x: int,
+    packed: int,
+    scales: int,
+    nested: int,
+    bias: int,
+    lora_a: int,
+    lora_b: int,
+    u: int,
+    y: int,
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    blocksize: int,
+    scaling: float,
+    dtype: int,
+    lora_dtype: int,
+    threads: int,
+    isa: int,
+    /,
+) -> int: ...
+def nf4_linear_grad_input(
+    dy: int,
+    packed: int,
+    scales: int,
+    nested: int,
+    lora_a: int,
+    lora_b: int,
+    v: int,
+    dx: int,
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    blocksize: int,
+    scaling: float,
+    dtype: int,
+    lora_dtype: int,
+    threads: int,
+    isa: int,
+    /,
+) -> int: ...
+def lora_dropout(x: int, out: int, count: int, seed: int, p: float, dtype: int, threads: int, /) -> int: ...
+def best_isa() -> int: ...
+def isa_available(isa: int, /) -> bool: ...
+def isa_name(isa: int, /) -> str: ...
