@@ -1,0 +1,257 @@
+"""The differentiable fused layer.
+
+    y  = x·Wᵀ + s·u·Bᵀ + bias      u = x·Aᵀ                         (one kernel)
+    dx = dy·W + v·A                v = s·dy·B                       (one kernel)
+    dA = vᵀ·x,  dB = s·dyᵀ·u,  dbias = column sums of dy            (thin GEMMs)
+
+W is a constant: it gets no gradient and is never materialised. What forward keeps for backward is x (when A
+learns), u (when B learns) and references to the weight's own tensors; a dropout mask is drawn again from its
+seed. The ops know nothing of autograd, and a call in which nothing needs a gradient goes straight to them.
+
+Low-rank adapters: Hu et al., "LoRA", 2021; on a 4-bit base: Dettmers et al., "QLoRA", 2023.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .nf4 import NF4Weight
+
+_linear = torch.ops.fastlora.nf4_linear.default
+_linear_with_u = torch.ops.fastlora.nf4_linear_with_u.default
+_linear_given_u = torch.ops.fastlora.nf4_linear_given_u.default
+_grad_input = torch.ops.fastlora.nf4_linear_grad_input.default
+_dropout = torch.ops.fastlora.lora_dropout.default
+
+_SEED_BOUND = 2**62
+
+
+def nf4_linear(
+    x: Tensor,
+    weight: NF4Weight,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    *,
+    dropout: float = 0.0,
+) -> Tensor:
+    """y = x·Wᵀ + scaling · dropout(x)·lora_aᵀ·lora_bᵀ + bias, with W packed in NF4.
+
+    Args:
+        x: ``(..., k)``, float32, bfloat16 or float16, of any strides; under autocast it is cast to the
+            autocast dtype first.
+        weight: a matrix of ``(n, k)``; never gets a gradient.
+        bias: ``(n,)`` in x's dtype, or None.
+        lora_a, lora_b: ``(r, k)`` and ``(n, r)`` of one floating dtype, which may differ from x's (float32
+            adapters under bfloat16 activations need no copies), or both None.
+        scaling: the factor of the low-rank term, alpha / r in LoRA.
+        dropout: the probability in [0, 1) that an element of x is left out of the low-rank term, as PEFT does
+            it. Applied whenever it is not 0: pass it in training only. The mask is a function of a seed drawn
+            from torch's generator, so that checkpointing replays it; it is not stored.
+
+    Returns ``(..., n)`` in x's dtype. Differentiable once in x, lora_a, lora_b and bias.
+
+    Raises ValueError for shapes and values, TypeError for dtypes, RuntimeError for devices.
+    """
+    if len(weight.shape) != 2:
+        raise ValueError(f"nf4_linear: expected a weight of shape (n, k), got {tuple(weight.shape)}")
+    if x.dim() and x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"nf4_linear: expected x of shape (..., {weight.shape[1]}) to match the weight "
+            f"{tuple(weight.shape)}, got {tuple(x.shape)}"
+        )
+    return linear_from_parts(
+        x,
+        weight.packed,
+        weight.scales,
+        weight.nested,
+        weight.blocksize,
+        bias,
+        lora_a,
+        lora_b,
+        scaling,
+        dropout,
+    )
+
+
+def linear_from_parts(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    blocksize: int,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """:func:`nf4_linear` over the weight's three tensors (storage as in ops.py)."""
+    device_type = x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype in ops._DTYPE_CODE:
+        dtype = torch.get_autocast_dtype(device_type)
+        x = x.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    seed = None
+    if dropout and lora_a is not None:
+        seed = torch.randint(_SEED_BOUND, (1,), dtype=torch.int64, device=x.device)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (lora_a is not None and lora_a.requires_grad)
+        or (lora_b is not None and lora_b.requires_grad)
+        or (bias is not None and bias.requires_grad)
+    ):
+        return _Nf4Linear.apply(
+            x, packed, scales, nested, blocksize, bias, lora_a, lora_b, scaling, seed, dropout
+        )
+    if seed is None:
+        return _linear(x, packed, scales, nested, blocksize, bias, lora_a, lora_b, scaling)
+    return _forward_dropped(
+        x, packed, scales, nested, blocksize, bias, lora_a, lora_b, scaling, seed, dropout
+    )[0]
+
+
+def _forward_dropped(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    blocksize: int,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    seed: Tensor,
+    dropout: float,
+) -> tuple[Tensor, Tensor]:
+    """(y, u) where only the low-rank term sees the dropped x."""
+    # The low-rank half of the checks happens here, before the matrix product below could fail less clearly.
+    r = ops._check_lora("nf4_linear", lora_a, lora_b, packed.shape[0], x.shape[-1], x.device)
+    assert lora_a is not None
+    assert lora_b is not None
+    dropped = _dropout(x, seed, dropout)
+    u = _mm(_rows(dropped), lora_a.to(x.dtype).t()).reshape(*x.shape[:-1], r)
+    return _linear_given_u(x, u, packed, scales, nested, blocksize, bias, lora_b, scaling), u
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(..., c) as (m, c); -1 would be ambiguous where a size is 0."""
+    return t.reshape(prod(t.shape[:-1]), t.shape[-1])
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """torch.mm in the operands' own dtype, also where autocast is on."""
+    if torch.is_autocast_enabled(a.device.type):
+        with torch.autocast(a.device.type, enabled=False):
+            return torch.mm(a, b)
+    return torch.mm(a, b)
+
+
+class _Nf4Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        packed: Tensor,
+        scales: Tensor,
+        nested: Tensor | None,
+        blocksize: int,
+        bias: Tensor | None,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        scaling: float,
+        seed: Tensor | None,
+        dropout: float,
+    ) -> Tensor:
+        weight = (packed, scales, nested, blocksize)
+        u: Tensor | None = None
+        if lora_a is None:
+            y = _linear(x, *weight, bias, None, lora_b, scaling)  # refuses a lone lora_b
+        elif seed is None:
+            y, u = _linear_with_u(x, *weight, bias, lora_a, lora_b, scaling)
+        else:
+            y, u = _forward_dropped(x, *weight, bias, lora_a, lora_b, scaling, seed, dropout)
+        learns_a, learns_b = ctx.needs_input_grad[6], ctx.needs_input_grad[7]
+        ctx.save_for_backward(
+            x if learns_a else None, u if learns_b else None, packed, scales, nested, lora_a, lora_b, seed
+        )
+        ctx.blocksize, ctx.scaling, ctx.dropout, ctx.x_shape = blocksize, scaling, dropout, x.shape
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:8])
+        args = (dy, *ctx.saved_tensors, ctx.blocksize, ctx.scaling, ctx.dropout, ctx.x_shape, needs)
+        # Only create_graph=True runs backward with gradients enabled.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            dx, dbias, da, db = _NoSecondDerivative.apply(*args)
+        else:
+            dx, dbias, da, db = _gradients(*args)
+        return dx, None, None, None, None, dbias, da, db, None, None, None
+
+
+def _gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    u: Tensor | None,
+    packed: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    seed: Tensor | None,
+    blocksize: int,
+    scaling: float,
+    dropout: float,
+    x_shape: torch.Size,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dbias, dA, dB), None where not needed."""
+    needs_x, needs_bias, needs_a, needs_b = needs
+    k = x_shape[-1]
+    dy = _rows(dy).contiguous()  # autograd often hands over an expanded scalar
+    dx = dbias = da = db = v = None
+    if needs_x and seed is None:
+        dx, v = _grad_input(dy, packed, scales, nested, k, blocksize, lora_a, lora_b, scaling)
+    elif lora_a is not None and lora_b is not None and (needs_a or needs_x):
+        v = _mm(dy, lora_b.to(dy.dtype)).mul_(scaling)
+    if needs_x and dx is None:  # with dropout the low-rank half of dx passes through the mask
+        assert lora_a is not None
+        assert v is not None
+        assert seed is not None
+        dx, _ = _grad_input(dy, packed, scales, nested, k, blocksize, None, None, scaling)
+        dx = dx + _dropout(_mm(v, lora_a.to(dy.dtype)), seed, dropout)
+    if needs_a:
+        assert lora_a is not None
+        assert x is not None
+        assert v is not None
+        seen = x if seed is None else _dropout(x, seed, dropout)
+        da = _mm(v.t(), _rows(seen)).to(lora_a.dtype)
+    if needs_b:
+        assert lora_b is not None
+        assert u is not None
+        db = _mm(dy.t(), _rows(u)).to(lora_b.dtype).mul_(scaling)
+    if needs_bias:
+        dbias = dy.sum(0)
+    return None if dx is None else dx.reshape(x_shape), dbias, da, db
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Lets backward run under create_graph=True and refuses only when its graph is walked."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        return _gradients(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "nf4_linear: expected one differentiation, got a second one (it has first derivatives only)"
+        )
