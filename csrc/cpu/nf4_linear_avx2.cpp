@@ -1,0 +1,165 @@
+// The GEMM route in float32 with AVX2 and FMA: every dtype of x, exact products, float32 accumulation.
+#include <immintrin.h>
+
+#include "gemm_driver.h"
+
+namespace fastlora::cpu {
+namespace {
+
+// The four routines below read and write whole vectors; the tail goes element by element, so that nothing is
+// touched past `count`.
+inline __m256 load8(const void* p, DType dtype) {
+  if (dtype == DType::kFloat32) return _mm256_loadu_ps(static_cast<const float*>(p));
+  const __m128i h = _mm_loadu_si128(static_cast<const __m128i*>(p));
+  if (dtype == DType::kFloat16) return _mm256_cvtph_ps(h);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+
+inline void store8(void* p, DType dtype, __m256 f) {
+  if (dtype == DType::kFloat32) {
+    _mm256_storeu_ps(static_cast<float*>(p), f);
+    return;
+  }
+  __m128i h;
+  if (dtype == DType::kFloat16) {
+    h = _mm256_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  } else {  // nearest even, a NaN kept quiet: the same bits as float_to_bf16
+    const __m256i bits = _mm256_castps_si256(f);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i rounded =
+        _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(f, f, _CMP_UNORD_Q));
+    const __m256i words = _mm256_blendv_epi8(rounded, quiet, nan);
+    h = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  }
+  _mm_storeu_si128(static_cast<__m128i*>(p), h);
+}
+
+struct Avx2Float {
+  using T = float;
+  static constexpr int64_t kPerItem = 1;
+  static constexpr int64_t kRun = 64;  // 32 packed bytes: eight look-ups of 8 weights
+  static constexpr int64_t kStripRows = 24;
+  static constexpr int64_t kGroup = 1;        // 6 rows x 1 panel: 12 accumulators of 8 lanes
+  static constexpr int64_t kStripBlocks = 8;  // 128 columns: a strip of 12 KiB
+  static constexpr int64_t kPanelBlocks = 8;  // 128 rows of W: 32 KiB of panels, 8 KiB each
+  static constexpr int64_t kForwardRows = 128;
+  static constexpr int64_t kBackwardRows = 120;
+  static constexpr int64_t kPackedBytes = 512 << 10;
+  static constexpr int64_t kAccumulatorBytes = 256 << 10;
+
+  struct Run {
+    const uint8_t* bytes;  // the run's first packed byte, `count` of them readable
+    int64_t count;
+    const float* absmax;  // of the run's first column; kAbsmaxSlack readable beyond the last
+    int32_t phase;        // the first column's place in its block
+    int shift;            // log2(blocksize)
+  };
+
+  // Nibble c of dword i is column 8i + (c ^ 1): the even column is in the high nibble.
+  static constexpr int64_t order(int64_t p) { return 8 * (p % 8) + ((p / 8) ^ 1); }
+  static constexpr int64_t column_of(int64_t p) { return order(p); }
+  static float from_float(float f) { return f; }
+  static void begin() {}
+  static void end() {}
+
+  static void load_row(const void* src, DType dtype, int64_t count, float* dst) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) _mm256_storeu_ps(dst + i, load8(element_ptr(src, i, dtype), dtype));
+    for (; i < count; ++i) dst[i] = load_as_float(src, i, dtype);
+  }
+
+  static void store_row(const float* src, int64_t count, DType dtype, void* dst) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) store8(element_ptr(dst, i, dtype), dtype, _mm256_loadu_ps(src + i));
+    for (; i < count; ++i) store_from_float(dst, i, dtype, src[i]);
+  }
+
+  static void decode_absmax(const Nf4Scales& scales, const float* map, int64_t first, int64_t count, float* out) {
+    for (int64_t b = 0; b < count; ++b) out[b] = block_absmax(scales, map, first + b);
+  }
+
+  static void transpose_strip(const float* c, int64_t ldc, float (*block)[kStripRows]) {
+    for (int64_t i = 0; i < kStripRows; ++i) {
+      for (int64_t j = 0; j < kPanel; ++j) block[j][i] = c[i * ldc + j];
+    }
+  }
+
+  static void pack_run(const float (*piece)[kRun], uint8_t* out, int64_t stride) {
+    for (int64_t p = 0; p < kRun; ++p) {
+      auto* item = reinterpret_cast<float*>(out + p / 16 * stride + p % 16 * 64);
+      for (int64_t j = 0; j < kPanel; ++j) item[j] = piece[j][order(p)];
+    }
+  }
+
+  static void restore_columns(const float* c, float* out) {
+    for (int64_t p = 0; p < kRun; ++p) out[order(p)] = c[p];
+  }
+
+  // The table of 16 is two of 8: `vpermps` reads three bits of a dword, and the fourth, moved to the sign,
+  // chooses the half.
+  static void dequantize_run(const Run& run, uint8_t* const* out) {
+    alignas(32) uint8_t tail[32] = {};
+    const uint8_t* bytes = run.bytes;
+    if (run.count < 32) {
+      std::memcpy(tail, bytes, static_cast<size_t>(run.count));
+      bytes = tail;
+    }
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
+    const __m256 low = _mm256_loadu_ps(kNf4Codes), high = _mm256_loadu_ps(kNf4Codes + 8);
+    const bool one_block = run.shift >= 6 && run.phase % 64 == 0;
+    const __m256 block_scale = _mm256_set1_ps(run.absmax[run.phase >> run.shift]);
+    const __m256i lane8 = _mm256_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56);
+    const __m128i shift = _mm_cvtsi32_si128(run.shift);
+    for (int c = 0; c < 8; ++c) {
+      const __m256i index = _mm256_srli_epi32(words, 4 * c);
+      const __m256 sign = _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - 4 * c));
+      const __m256 value =
+          _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index), _mm256_permutevar8x32_ps(high, index), sign);
+      __m256 scale = block_scale;
+      if (!one_block) {
+        const __m256i place = _mm256_add_epi32(lane8, _mm256_set1_epi32(run.phase + (c ^ 1)));
+        scale = _mm256_i32gather_ps(run.absmax, _mm256_srl_epi32(place, shift), 4);
+      }
+      _mm256_store_ps(reinterpret_cast<float*>(out[c / 2]) + c % 2 * 8, _mm256_mul_ps(value, scale));
+    }
+  }
+
+  static void multiply(const uint8_t* strip, const uint8_t* panels, int64_t, int64_t blocks, float* c, int64_t ldc,
+                       int64_t rows, bool accumulate) {
+    constexpr int kRows = 6;
+    for (int64_t i0 = 0; i0 < rows; i0 += kRows) {
+      __m256 acc[kRows][2];
+      float* to = c + i0 * ldc;
+      for (int i = 0; i < kRows; ++i) {
+        for (int h = 0; h < 2; ++h) {
+          acc[i][h] = accumulate ? _mm256_loadu_ps(to + i * ldc + h * 8) : _mm256_setzero_ps();
+        }
+      }
+      for (int64_t b = 0; b < blocks; ++b) {
+        for (int t = 0; t < 16; ++t) {
+          const auto* item = reinterpret_cast<const float*>(panels + b * kTileBytes + t * 64);
+          const __m256 left = _mm256_load_ps(item), right = _mm256_load_ps(item + 8);
+          for (int i = 0; i < kRows; ++i) {
+            const __m256 a =
+                _mm256_set1_ps(load_unaligned<float>(strip + (b * kStripRows + i0 + i) * 64 + t * 4));
+            acc[i][0] = _mm256_fmadd_ps(a, left, acc[i][0]);
+            acc[i][1] = _mm256_fmadd_ps(a, right, acc[i][1]);
+          }
+        }
+      }
+      for (int i = 0; i < kRows; ++i) {
+        for (int h = 0; h < 2; ++h) _mm256_storeu_ps(to + i * ldc + h * 8, acc[i][h]);
+      }
+    }
+  }
+};
+
+}  // namespace
+
+Status nf4_linear_avx2(const Nf4LinearArgs& args) { return gemm_linear<Avx2Float>(args); }
+
+Status nf4_linear_grad_input_avx2(const Nf4LinearGradInputArgs& args) { return gemm_grad_input<Avx2Float>(args); }
+
+}  // namespace fastlora::cpu
