@@ -2,11 +2,13 @@
 
 from ._C import __version__
 from .autograd import nf4_linear
+from .linear import QLinear
 from .nf4 import NF4Weight, quantize_nf4
 from .ops import available_isas, current_isa, use_isa
 
 __all__ = [
     "NF4Weight",
+    "QLinear",
     "__version__",
     "available_isas",
     "current_isa",

@@ -94,7 +94,7 @@ def linear_from_parts(
 ) -> Tensor:
     """:func:`nf4_linear` over the weight's three tensors (storage as in ops.py)."""
     device_type = x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype in ops._DTYPE_CODE:
+    if _autocast_is_on(device_type) and x.dtype in ops._DTYPE_CODE:
         dtype = torch.get_autocast_dtype(device_type)
         x = x.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -140,6 +140,10 @@ def _forward_dropped(
     return _linear_given_u(x, u, packed, scales, nested, blocksize, bias, lora_b, scaling), u
 
 
+def _autocast_is_on(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch knows no autocast on meta
+
+
 def _rows(t: Tensor) -> Tensor:
     """(..., c) as (m, c); -1 would be ambiguous where a size is 0."""
     return t.reshape(prod(t.shape[:-1]), t.shape[-1])
@@ -147,7 +151,7 @@ def _rows(t: Tensor) -> Tensor:
 
 def _mm(a: Tensor, b: Tensor) -> Tensor:
     """torch.mm in the operands' own dtype, also where autocast is on."""
-    if torch.is_autocast_enabled(a.device.type):
+    if _autocast_is_on(a.device.type):
         with torch.autocast(a.device.type, enabled=False):
             return torch.mm(a, b)
     return torch.mm(a, b)

@@ -1,0 +1,369 @@
+""":class:`QLinear`: a linear layer whose weight is packed NF4, with a low-rank adapter inside.
+
+The packed codes and their scales are uint8 Parameters without gradients. Parameters, not buffers: FSDP2
+shards them and DDP does not broadcast them every step. uint8: ``.to(dtype)``, ``.half()`` and mixed precision
+cast floating tensors only, so the bits stay what quantisation made them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .autograd import linear_from_parts
+from .nf4 import NF4Weight, quantize_nf4
+
+_BASE = ("weight", "weight_scales", "weight_nested")
+
+
+class QLinear(nn.Linear):
+    """y = x·Wᵀ + scaling · dropout(x)·lora_Aᵀ·lora_Bᵀ + bias, W frozen in NF4 (LoRA, Hu et al., 2021; QLoRA,
+    Dettmers et al., 2023).
+
+    Args:
+        in_features, out_features: k and n, at least 1.
+        bias: whether there is a bias; it is an ordinary parameter of `dtype` and learns.
+        rank: r, the adapter's; 0 makes a plain quantised layer.
+        alpha: LoRA's numerator: scaling is alpha / rank, or alpha / sqrt(rank) with `use_rslora`
+            (Kalajdzievski, 2023).
+        dropout: the probability in [0, 1) that an element of x is left out of the adapter's input (training).
+        blocksize: weights that share one scale, a power of two from 32 to 4096.
+        double_quant: whether the scales are quantised to 8 bits too (4.127 bits a weight, not 4.5, at 64).
+        dtype: float32, bfloat16 or float16: the bias's, and that of :meth:`dequantize`. The layer computes in
+            x's dtype, whatever it is.
+        adapter_dtype: of lora_A and lora_B; by default float32, also under 16-bit layers.
+        device: where; on ``"meta"`` nothing is computed.
+
+    Built directly, the weight is drawn as `torch.nn.Linear` draws it and quantised. lora_A is Kaiming-uniform
+    and lora_B zero, so the layer starts equal to its base.
+
+    Parameters: ``weight`` uint8 ``(n, ceil(k / 2))``, ``weight_scales`` and ``weight_nested`` uint8 1-D (None
+    without double quantisation), ``bias`` ``(n,)``, ``lora_A`` ``(r, k)``, ``lora_B`` ``(n, r)``.
+
+    Raises ValueError for sizes and values, TypeError for dtypes.
+    """
+
+    weight: Tensor
+    weight_scales: Tensor
+    weight_nested: Tensor | None
+    lora_A: Tensor | None
+    lora_B: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rank: int = 16,
+        alpha: float = 32,
+        dropout: float = 0.0,
+        blocksize: int = 64,
+        double_quant: bool = True,
+        use_rslora: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's: it would allocate the dense weight
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        adapter_dtype = torch.float32 if adapter_dtype is None else adapter_dtype
+        _check_arguments(in_features, out_features, rank, alpha, dropout, blocksize, dtype, adapter_dtype)
+        self.in_features, self.out_features = in_features, out_features
+        self.rank, self.alpha, self.dropout, self.use_rslora = rank, alpha, dropout, use_rslora
+        self.scaling = 0.0 if rank == 0 else alpha / (math.sqrt(rank) if use_rslora else rank)
+        self.blocksize, self.double_quant, self.weight_dtype = blocksize, double_quant, dtype
+        self._unmerged: tuple[Tensor | None, ...] | None = None  # the base while merged
+
+        blocks = -(-in_features * out_features // blocksize)
+        groups = -(-blocks // ops.NESTED_BLOCKSIZE)
+
+        def frozen(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), requires_grad=False)
+
+        self.weight = frozen(out_features, (in_features + 1) // 2)
+        self.weight_scales = frozen(blocks if double_quant else 4 * blocks)
+        self.register_parameter("weight_nested", frozen(4 * (1 + groups)) if double_quant else None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
+        )
+        for name, shape in (("lora_A", (rank, in_features)), ("lora_B", (out_features, rank))):
+            adapter = torch.empty(shape, dtype=adapter_dtype, device=device)
+            self.register_parameter(name, nn.Parameter(adapter) if rank else None)
+        if not self.weight.is_meta:
+            self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        rank: int = 16,
+        alpha: float = 32,
+        dropout: float = 0.0,
+        blocksize: int = 64,
+        double_quant: bool = True,
+        use_rslora: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | int | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> QLinear:
+        """Quantise a dense layer. Arguments as for the class; dtype and device default to the layer's own.
+
+        The bias is copied: nothing of `linear` changes and nothing is shared with it. Raises TypeError if it
+        is not a `torch.nn.Linear` with a floating matrix for a weight, ValueError if that holds NaN or Inf.
+        """
+        dense = getattr(linear, "weight", None)
+        if not isinstance(linear, nn.Linear) or not isinstance(dense, Tensor) or isinstance(linear, QLinear):
+            raise TypeError(f"QLinear.from_linear: expected a torch.nn.Linear, got {type(linear).__name__}")
+        if dense.dim() != 2 or dense.dtype not in ops._DTYPE_CODE:
+            raise TypeError(
+                "QLinear.from_linear: expected a matrix of float32, bfloat16 or float16 for a weight, got "
+                f"{tuple(dense.shape)} of {dense.dtype}"
+            )
+        n, k = dense.shape
+        layer = cls(
+            k,
+            n,
+            linear.bias is not None,
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            blocksize=blocksize,
+            double_quant=double_quant,
+            use_rslora=use_rslora,
+            dtype=dense.dtype if dtype is None else dtype,
+            device="meta",
+            adapter_dtype=adapter_dtype,
+        )
+        target = torch.device(dense.device if device is None else device)
+        if target.type != "meta":
+            if dense.is_meta:
+                raise RuntimeError(
+                    f"QLinear.from_linear: expected a weight with data, got a meta one for {target}"
+                )
+            layer._set_base(quantize_nf4(dense.detach(), blocksize=blocksize, double_quant=double_quant))
+            layer._materialize(target)
+            if linear.bias is not None:
+                with torch.no_grad():
+                    layer.bias.copy_(linear.bias)
+            layer.reset_adapter()
+        if linear.bias is not None:
+            layer.bias.requires_grad_(linear.bias.requires_grad)
+        return layer.train(linear.training)
+
+    def _materialize(self, device: torch.device) -> None:
+        """Move what has data to `device`, and allocate there what is still on meta, uninitialised."""
+        for name, p in self._parameters.items():
+            if p is not None:
+                data = torch.empty_like(p, device=device) if p.is_meta else p.detach().to(device)
+                setattr(self, name, nn.Parameter(data, requires_grad=p.requires_grad))
+
+    def reset_parameters(self) -> None:
+        """Draw the weight and bias as `torch.nn.Linear` does, quantise, and reset the adapter."""
+        if self._unmerged is not None:
+            self.unmerge()
+        dense = torch.empty(
+            self.out_features, self.in_features, dtype=self.weight_dtype, device=self.weight.device
+        )
+        nn.init.kaiming_uniform_(dense, a=math.sqrt(5))
+        quantized = quantize_nf4(dense, blocksize=self.blocksize, double_quant=self.double_quant)
+        with torch.no_grad():
+            self.weight.copy_(quantized.packed)
+            self.weight_scales.copy_(quantized.scales)
+            if self.weight_nested is not None and quantized.nested is not None:
+                self.weight_nested.copy_(quantized.nested)
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features)
+            nn.init.uniform_(self.bias, -bound, bound)
+        self.reset_adapter()
+
+    def reset_adapter(self) -> None:
+        """lora_A Kaiming-uniform with a = sqrt(5), lora_B zero: the layer equals its base again."""
+        if self.lora_A is not None and self.lora_B is not None:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) to (..., out_features), in x's dtype (autocast's where that is on)."""
+        if x.dim() == 0 or x.shape[-1] != self.in_features:
+            raise ValueError(f"QLinear: expected x of shape (..., {self.in_features}), got {tuple(x.shape)}")
+        lora_a, lora_b = self.lora_A, self.lora_B
+        if self._unmerged is not None:
+            if self.training and torch.is_grad_enabled():
+                raise RuntimeError(
+                    "QLinear: expected an unmerged layer in training; call unmerge() or train()"
+                )
+            lora_a = lora_b = None
+        bias: Tensor | None = self.bias
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        return linear_from_parts(
+            x,
+            self.weight,
+            self.weight_scales,
+            self.weight_nested,
+            self.blocksize,
+            bias,
+            lora_a,
+            lora_b,
+            self.scaling,
+            self.dropout if self.training else 0.0,
+        )
+
+    # --- the weight ---------------------------------------------------------------------------------------
+
+    @property
+    def quantized_weight(self) -> NF4Weight:
+        """The weight in force (the merged one while merged) as an NF4Weight over this layer's own tensors."""
+        return NF4Weight(
+            self.weight.detach(),
+            self.weight_scales.detach(),
+            None if self.weight_nested is None else self.weight_nested.detach(),
+            torch.Size((self.out_features, self.in_features)),
+            self.weight_dtype,
+            self.blocksize,
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight in force as a dense (out_features, in_features) tensor, without the adapter unless it is
+        merged. In `dtype`, by default the layer's."""
+        return self.quantized_weight.dequantize(dtype)
+
+    def _set_base(self, weight: NF4Weight) -> None:
+        for name, part in zip(_BASE, (weight.packed, weight.scales, weight.nested), strict=True):
+            setattr(self, name, None if part is None else nn.Parameter(part, requires_grad=False))
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter is folded into the weight."""
+        return self._unmerged is not None
+
+    def merge(self) -> None:
+        """Fold the adapter into the weight for inference: W becomes NF4(W + scaling·lora_B·lora_A).
+
+        This is lossy: the sum is quantised again, and an adapter's change is often smaller than the distance
+        between two codes. To lose nothing, stay unmerged (the fused kernel makes the adapter nearly free), or
+        keep a dense copy: ``layer.dequantize(torch.float32) + layer.scaling * layer.lora_B @ layer.lora_A``.
+
+        The original bits are kept beside the merged ones until :meth:`unmerge` gives them back exactly.
+        While merged, ``state_dict`` holds the original bits and the adapter, as if unmerged;
+        ``load_state_dict`` and ``train()`` unmerge first; a training forward is an error. No effect when
+        already merged, or at rank 0. Raises ValueError, changing nothing, if the sum holds NaN or Inf.
+        """
+        if self._unmerged is not None or self.lora_A is None or self.lora_B is None:
+            return
+        with torch.no_grad():
+            dense = self.dequantize(torch.float32)
+            dense.addmm_(self.lora_B.float(), self.lora_A.float(), alpha=self.scaling)
+            merged = quantize_nf4(dense, blocksize=self.blocksize, double_quant=self.double_quant)
+        # The Parameters themselves are kept, not copies, so that layers that share a weight share it again.
+        self._unmerged = (self.weight, self.weight_scales, self.weight_nested)
+        self._set_base(merged)
+
+    def unmerge(self) -> None:
+        """Give the weight its original bits back. No effect when not merged."""
+        if self._unmerged is not None:
+            for name, part in zip(_BASE, self._unmerged, strict=True):
+                setattr(self, name, part)
+            self._unmerged = None
+
+    def train(self, mode: bool = True) -> QLinear:
+        """As `torch.nn.Module.train`; entering training unmerges."""
+        if mode:
+            self.unmerge()
+        return super().train(mode)
+
+    # --- what torch.nn.Module does to its tensors ----------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QLinear:
+        super()._apply(fn, recurse)
+        if self._unmerged is not None:
+            self._unmerged = tuple(None if part is None else _applied(fn, part) for part in self._unmerged)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._unmerged is not None:
+            for name, part in zip(_BASE, self._unmerged, strict=True):
+                if part is not None:
+                    destination[prefix + name] = part if keep_vars else part.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for name in _BASE:  # torch would cast a dense weight of a fitting shape without a word
+            loaded = state_dict.get(prefix + name)
+            if loaded is not None and loaded.dtype != torch.uint8:
+                error_msgs.append(
+                    f"QLinear: expected {prefix}{name} in uint8 (packed NF4), got {loaded.dtype}; quantise a "
+                    "dense layer with QLinear.from_linear"
+                )
+                return
+        self.unmerge()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def extra_repr(self) -> str:
+        adapter = (
+            f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, " if self.rank else "rank=0, "
+        )
+        stored = sum(p.nbytes for p in (self.weight, self.weight_scales, self.weight_nested) if p is not None)
+        bits = 8 * stored / (self.in_features * self.out_features)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {adapter}blocksize={self.blocksize}, "
+            f"double_quant={self.double_quant}, {bits:.3f} bits/weight"
+            f"{', use_rslora=True' if self.use_rslora else ''}{', merged' if self.merged else ''}"
+        )
+
+
+def _applied(fn: Callable[[Tensor], Tensor], parameter: Tensor) -> Tensor:
+    """fn over a parameter, in place where torch can, so that who shares the parameter sees it too."""
+    data = fn(parameter.data)
+    if torch._has_compatible_shallow_copy_type(parameter.data, data):
+        parameter.data = data
+        return parameter
+    return nn.Parameter(data, requires_grad=False)
+
+
+def _check_arguments(
+    in_features: int,
+    out_features: int,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    blocksize: int,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+) -> None:
+    for name, value, least in (
+        ("in_features", in_features, 1),
+        ("out_features", out_features, 1),
+        ("rank", rank, 0),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"QLinear: expected {name} as an int, got {value!r}")
+        if value < least:
+            raise ValueError(f"QLinear: expected {name} >= {least}, got {value}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"QLinear: expected a finite alpha, got {alpha}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"QLinear: expected dropout in [0, 1), got {dropout}")
+    ops._check_blocksize("QLinear", blocksize)
+    for name, dt in (("dtype", dtype), ("adapter_dtype", adapter_dtype)):
+        if dt not in ops._DTYPE_CODE:
+            raise TypeError(f"QLinear: expected {name} float32, bfloat16 or float16, got {dt}")
