@@ -27,13 +27,17 @@ constexpr Level kLevels[kIsaCount] = {
 #ifdef FASTLORA_X86
     {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_avx2, nf4_linear_avx2, nullptr, 0, 0,
      nf4_linear_grad_input_avx2, nf4_linear_grad_input_avx2},
-    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_avx512, nf4_linear_avx512, nullptr, 0, 0,
+    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_avx512, nf4_linear_avx512, nf4_linear_decode_avx512,
+     4, 8,
      nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512},
-    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_avx512, nf4_linear_avx512_bf16, nullptr, 0, 0,
+    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_avx512, nf4_linear_avx512_bf16, nf4_linear_decode_avx512,
+     4, 8,
      nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512_bf16},
-    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_avx512, nf4_linear_amx, nullptr, 0, 0,
+    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_avx512, nf4_linear_amx, nf4_linear_decode_avx512,
+     4, 8,
      nf4_linear_grad_input_avx512, nf4_linear_grad_input_amx},
-    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_avx512, nf4_linear_amx_emulated, nullptr, 0, 0,
+    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_avx512, nf4_linear_amx_emulated, nf4_linear_decode_avx512,
+     4, 8,
      nf4_linear_grad_input_avx512, nf4_linear_grad_input_amx_emulated},
 #endif
 };
