@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 
 namespace fastlora::cpu {
 namespace {
@@ -45,6 +46,16 @@ void parallel_ranges(int64_t count, int32_t threads, void (*body)(void*, int64_t
   }
 }
 
+#ifdef __SANITIZE_ADDRESS__
+// Under AddressSanitizer every call gets a block of its own, of exactly this size and full of NaN, so that a
+// kernel that writes past what it asked for, or counts on what an earlier call left there, is noticed.
+void* thread_scratch(size_t bytes) {
+  std::free(t_scratch.data);
+  if (posix_memalign(&t_scratch.data, 64, bytes) != 0) t_scratch.data = nullptr;
+  if (t_scratch.data != nullptr) std::memset(t_scratch.data, 0xff, bytes);
+  return t_scratch.data;
+}
+#else
 void* thread_scratch(size_t bytes) {
   if (bytes <= t_scratch.bytes) return t_scratch.data;
   const size_t rounded = (bytes + 4095) & ~size_t{4095};
@@ -53,5 +64,6 @@ void* thread_scratch(size_t bytes) {
   t_scratch.bytes = t_scratch.data == nullptr ? 0 : rounded;
   return t_scratch.data;
 }
+#endif
 
 }  // namespace fastlora::cpu
