@@ -28,14 +28,10 @@ inline constexpr Place kPlaces[] = {Place::kHeap, Place::kOddHeap, Place::kBefor
 
 static inline const char* place_name(Place place) {
   switch (place) {
-    case Place::kHeap:
-      return "heap";
-    case Place::kOddHeap:
-      return "odd-heap";
-    case Place::kBeforeGuard:
-      return "before-guard";
-    case Place::kAfterGuard:
-      return "after-guard";
+    case Place::kHeap: return "heap";
+    case Place::kOddHeap: return "odd-heap";
+    case Place::kBeforeGuard: return "before-guard";
+    case Place::kAfterGuard: return "after-guard";
   }
   return "?";
 }

@@ -44,8 +44,7 @@ void fill_weight(Tensor& weight, Rng& rng, int64_t blocksize) {
       case 4:  // subnormal in float32
         for (int64_t i = first; i < last; ++i) weight.set(i, weight[i] * 1e-38f);
         break;
-      default:
-        break;
+      default: break;
     }
   }
 }

@@ -60,12 +60,9 @@ struct Bound {
 };
 Bound bound_of(DType dtype) {
   switch (dtype) {
-    case DType::kFloat32:
-      return {4e-6, 0.0, 8e-6, 1e-6};
-    case DType::kBFloat16:
-      return {0x1p-8, 0x1p-14, 0x1p-6, 0x1p-8};
-    case DType::kFloat16:
-      return {0x1p-8, 0x1p-14, 0x1p-8, 0x1p-10};
+    case DType::kFloat32: return {4e-6, 0.0, 8e-6, 1e-6};
+    case DType::kBFloat16: return {0x1p-8, 0x1p-14, 0x1p-6, 0x1p-8};
+    case DType::kFloat16: return {0x1p-8, 0x1p-14, 0x1p-8, 0x1p-10};
   }
   return {};
 }
