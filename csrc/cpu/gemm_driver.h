@@ -336,7 +336,9 @@ struct Forward {
         for (int64_t s = 0; s < count; ++s) {
           const int64_t n0 = (strip0 + s) * G::kStripRows, strip_rows = min64(G::kStripRows, n - n0);
           float* c = c_base + s * (c_bytes / 4);
-          if constexpr (kQuantized) decode_scales(n0, strip_rows, block0, blocks, map, absmax);
+          if constexpr (kQuantized) {
+            if (k > 0) decode_scales(n0, strip_rows, block0, blocks, map, absmax);
+          }
           for (int64_t b = 0; b < blocks; b += L::kStripBlocks) {
             const int64_t now = min64(L::kStripBlocks, blocks - b);
             const int64_t k0 = (block0 + b) * G::kPerVector;
