@@ -99,6 +99,8 @@ def linear_from_parts(
         x = x.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     seed = None
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"nf4_linear: expected dropout in [0, 1), got {dropout}")
     if dropout and lora_a is not None:
         seed = torch.randint(_SEED_BOUND, (1,), dtype=torch.int64, device=x.device)
     if torch.is_grad_enabled() and (
@@ -131,12 +133,12 @@ def _forward_dropped(
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
     """(y, u) where only the low-rank term sees the dropped x."""
-    # The low-rank half of the checks happens here, before the matrix product below could fail less clearly.
-    r = ops._check_lora("nf4_linear", lora_a, lora_b, packed.shape[0], x.shape[-1], x.device)
+    # The op below checks again, but the matrix product before it would fail less clearly.
+    ops._check_linear("nf4_linear", x, packed, scales, nested, blocksize, bias, lora_a, lora_b)
     assert lora_a is not None
     assert lora_b is not None
     dropped = _dropout(x, seed, dropout)
-    u = _mm(_rows(dropped), lora_a.to(x.dtype).t()).reshape(*x.shape[:-1], r)
+    u = _mm(_rows(dropped), lora_a.to(x.dtype).t()).reshape(*x.shape[:-1], lora_a.shape[0])
     return _linear_given_u(x, u, packed, scales, nested, blocksize, bias, lora_b, scaling), u
 
 
