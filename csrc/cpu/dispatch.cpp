@@ -15,7 +15,7 @@ struct Level {
   Status (*linear)(const Nf4LinearArgs&);         // every dtype, or all but bfloat16
   Status (*linear_bf16)(const Nf4LinearArgs&);    // bfloat16 x
   Status (*linear_decode)(const Nf4LinearArgs&);  // up to decode_rows rows of x; null: there is none
-  int64_t decode_rows_float, decode_rows_bf16;    // crossovers: above, the GEMM route is faster
+  int64_t decode_rows_float, decode_rows_16bit;    // crossovers: above, the GEMM route is faster
   Status (*grad_input)(const Nf4LinearGradInputArgs&);
   Status (*grad_input_bf16)(const Nf4LinearGradInputArgs&);
 };
@@ -45,6 +45,15 @@ const Level* level_of(Isa isa) {
 
 bool valid_blocksize(int64_t b) { return b >= kMinBlocksize && b <= kMaxBlocksize && (b & (b - 1)) == 0; }
 
+// A thread is worth waking for about 10 us of work: so many multiply-adds of the decode kernels.
+constexpr int64_t kWorkPerThread = 1 << 18;
+
+int32_t useful_threads(int32_t threads, int64_t m, const Nf4Weight& w, int64_t r) {
+  const auto work = static_cast<double>(m) * static_cast<double>(w.n * w.k + r * (w.n + w.k));
+  const double most = work / static_cast<double>(kWorkPerThread) + 1.0;
+  return most < static_cast<double>(threads) ? static_cast<int32_t>(most) : threads;
+}
+
 bool valid_weight(const Nf4Weight& w) { return w.n >= 0 && w.k >= 0 && valid_blocksize(w.blocksize); }
 
 }  // namespace
@@ -70,10 +79,11 @@ Status nf4_linear(const Nf4LinearArgs& args, Isa isa) {
   if (level == nullptr) return Status::kUnsupportedLevel;
   if (!valid_weight(args.weight) || args.m < 0 || args.r < 0) return Status::kBadArgument;
   if (args.m == 0 || (args.weight.n == 0 && args.r == 0)) return Status::kOk;
-  const bool bf16 = args.dtype == DType::kBFloat16;
-  const int64_t decode_rows = args.dtype == DType::kFloat32 ? level->decode_rows_float : level->decode_rows_bf16;
-  if (level->linear_decode != nullptr && args.m <= decode_rows) return level->linear_decode(args);
-  return bf16 ? level->linear_bf16(args) : level->linear(args);
+  Nf4LinearArgs a = args;
+  a.threads = useful_threads(args.threads, args.m, args.weight, args.r);
+  const int64_t decode_rows = a.dtype == DType::kFloat32 ? level->decode_rows_float : level->decode_rows_16bit;
+  if (level->linear_decode != nullptr && a.m <= decode_rows) return level->linear_decode(a);
+  return a.dtype == DType::kBFloat16 ? level->linear_bf16(a) : level->linear(a);
 }
 
 Status nf4_linear_grad_input(const Nf4LinearGradInputArgs& args, Isa isa) {
@@ -81,7 +91,9 @@ Status nf4_linear_grad_input(const Nf4LinearGradInputArgs& args, Isa isa) {
   if (level == nullptr) return Status::kUnsupportedLevel;
   if (!valid_weight(args.weight) || args.m < 0 || args.r < 0) return Status::kBadArgument;
   if (args.m == 0 || (args.weight.k == 0 && args.r == 0)) return Status::kOk;
-  return args.dtype == DType::kBFloat16 ? level->grad_input_bf16(args) : level->grad_input(args);
+  Nf4LinearGradInputArgs a = args;
+  a.threads = useful_threads(args.threads, args.m, args.weight, args.r);
+  return a.dtype == DType::kBFloat16 ? level->grad_input_bf16(a) : level->grad_input(a);
 }
 
 }  // namespace fastlora
