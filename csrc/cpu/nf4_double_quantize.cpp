@@ -1,5 +1,7 @@
 // The second quantisation, of the absmax values to 8 bits, and its inverse. One level serves all: it handles
 // one value for every `blocksize` weights.
+#include <cmath>
+
 #include "fastlora/nf4.h"
 #include "numeric.h"
 #include "parallel.h"
@@ -37,11 +39,18 @@ constexpr float kPositive[127] = {
     0.908593774f,    0.922656238f,    0.936718762f,    0.950781226f,    0.96484375f,     0.978906274f,
     0.992968738f};
 
-// Ascending: -kPositive reversed, 0, kPositive, 1. Midpoints for exact nearest, in float64 because the
-// midpoint of two float32 need not be one.
+// The nearest entry is found by a table over the leading bits of a value (its exponent and 7 bits of mantissa):
+// how many midpoints lie below such a cell, after which one comparison settles it, for no two midpoints are
+// within 2^-7 of each other. Cells begin at 2^-22, under the smallest midpoint (2.75e-7).
+constexpr uint32_t kFirstCell = (127 - 22) << 7;
+constexpr uint32_t kCells = (22 << 7) + 1;  // the last one begins at 1
+
+// Values ascending: -kPositive reversed, 0, kPositive, 1.
 struct DynamicMap {
   float values[256];
-  double midpoints[255];
+  float bounds[256];  // the largest float32 that does not exceed each midpoint: above it is above the midpoint
+  uint8_t below[2 * kCells];  // positive cells, then negative ones
+
   DynamicMap() {
     for (int i = 0; i < 127; ++i) {
       values[126 - i] = -kPositive[i];
@@ -49,9 +58,38 @@ struct DynamicMap {
     }
     values[127] = 0.0f;
     values[255] = 1.0f;
+    double midpoints[256];
     for (int i = 0; i < 255; ++i) {
       midpoints[i] = (static_cast<double>(values[i]) + static_cast<double>(values[i + 1])) * 0.5;
+      bounds[i] = static_cast<float>(midpoints[i]);
+      if (static_cast<double>(bounds[i]) > midpoints[i]) bounds[i] = std::nextafter(bounds[i], -2.0f);
     }
+    midpoints[255] = bounds[255] = 2.0f;  // never passed
+    // The least value of a cell: its own bound when positive, short of the next cell's when negative.
+    for (uint32_t cell = 0; cell < kCells; ++cell) {
+      const double low = cell == 0 ? 0.0 : begin_of(cell), high = begin_of(cell + 1);
+      int positive = 0, negative = 0;
+      while (midpoints[positive] < low) ++positive;
+      while (midpoints[negative] <= -high) ++negative;
+      below[cell] = static_cast<uint8_t>(positive);
+      below[kCells + cell] = static_cast<uint8_t>(negative);
+    }
+  }
+
+  static double begin_of(uint32_t cell) {
+    const uint32_t bits = (kFirstCell + cell) << 16;
+    return static_cast<double>(load_unaligned<float>(&bits));
+  }
+
+  // How many midpoints lie strictly below, of |scaled| <= 1: the nearest index, a tie to the lower one. Anything
+  // else (of an Inf that the caller let through) reads the last cell. No branches: signs are random.
+  uint8_t nearest(float scaled) const {
+    const uint32_t bits = load_unaligned<uint32_t>(&scaled);
+    const auto leading = static_cast<int32_t>((bits & 0x7fffffffu) >> 16) - static_cast<int32_t>(kFirstCell);
+    const int32_t from_zero = leading < 0 ? 0 : leading;
+    const uint32_t cell = from_zero < static_cast<int32_t>(kCells) ? static_cast<uint32_t>(from_zero) : kCells - 1;
+    const uint8_t lower = below[(bits >> 31) * kCells + cell];
+    return static_cast<uint8_t>(lower + (scaled > bounds[lower]));
   }
 };
 
@@ -60,27 +98,27 @@ const DynamicMap& dynamic_map() {
   return map;
 }
 
-// How many midpoints lie strictly below the value: the nearest index, a tie to the lower one.
-uint8_t nearest_index(const double* midpoints, float scaled) {
-  int below = 0;
-  for (int step = 128; step > 0; step >>= 1) {
-    if (below + step <= 255 && static_cast<double>(scaled) > midpoints[below + step - 1]) below += step;
-  }
-  return static_cast<uint8_t>(below);
-}
-
-// The sum of float32 values to about 106 bits (a float64 sum and its running error), so that the mean is the
-// correctly rounded one in any order of summation.
+// The sum of float32 values to about 106 bits (float64 sums and their running errors, in eight independent
+// chains), so that the mean is the correctly rounded one in any order of summation.
 double exact_mean(const float* values, int64_t count) {
-  double sum = 0.0, error = 0.0;
-  for (int64_t i = 0; i < count; ++i) {
-    const double value = static_cast<double>(values[i]);
-    const double next = sum + value;
-    const double shadow = next - sum;
-    error += (sum - (next - shadow)) + (value - shadow);
-    sum = next;
+  constexpr int kChains = 8;
+  double sum[kChains] = {}, error[kChains] = {};
+  auto add = [&](int chain, double value) {
+    const double next = sum[chain] + value;
+    const double shadow = next - sum[chain];
+    error[chain] += (sum[chain] - (next - shadow)) + (value - shadow);
+    sum[chain] = next;
+  };
+  int64_t i = 0;
+  for (; i + kChains <= count; i += kChains) {
+    for (int chain = 0; chain < kChains; ++chain) add(chain, static_cast<double>(values[i + chain]));
   }
-  return count == 0 ? 0.0 : (sum + error) / static_cast<double>(count);
+  for (; i < count; ++i) add(0, static_cast<double>(values[i]));
+  for (int chain = 1; chain < kChains; ++chain) {
+    add(0, sum[chain]);
+    error[0] += error[chain];
+  }
+  return count == 0 ? 0.0 : (sum[0] + error[0]) / static_cast<double>(count);
 }
 
 struct DoubleQuantizeJob {
@@ -93,18 +131,19 @@ void double_quantize_range(void* context, int64_t begin, int64_t end) {
   const Nf4DoubleQuantizeArgs& a = job.args;
   const DynamicMap& map = dynamic_map();
   for (int64_t group = begin; group < end; ++group) {
-    const int64_t first = group * kNestedBlocksize, last = min64(first + kNestedBlocksize, a.blocks);
-    float scale = 0.0f;
-    for (int64_t b = first; b < last; ++b) {
-      const float residual = a.absmax[b] - job.offset;
-      const float magnitude = residual < 0.0f ? -residual : residual;
-      scale = magnitude > scale ? magnitude : scale;
+    const int64_t first = group * kNestedBlocksize, count = min64(kNestedBlocksize, a.blocks - first);
+    float residual[kNestedBlocksize];
+    int32_t largest = 0;  // magnitudes of numbers are ordered as their bits are
+    for (int64_t b = 0; b < count; ++b) {
+      residual[b] = a.absmax[first + b] - job.offset;
+      const int32_t magnitude = load_unaligned<int32_t>(&residual[b]) & 0x7fffffff;
+      largest = magnitude > largest ? magnitude : largest;
     }
-    std::memcpy(a.nested + (1 + group) * 4, &scale, 4);
-    const float inverse = scale > 0.0f ? 1.0f / scale : 0.0f;
-    for (int64_t b = first; b < last; ++b) {
-      a.codes[b] = nearest_index(map.midpoints, (a.absmax[b] - job.offset) * inverse);
-    }
+    std::memcpy(a.nested + (1 + group) * 4, &largest, 4);
+    const auto scale = load_unaligned<float>(&largest);
+    const float divisor = scale > 0.0f ? scale : 1.0f;  // divided, for the inverse of a subnormal is infinite
+    for (int64_t b = 0; b < count; ++b) residual[b] /= divisor;
+    for (int64_t b = 0; b < count; ++b) a.codes[first + b] = map.nearest(residual[b]);
   }
 }
 

@@ -64,7 +64,8 @@ struct Nf4QuantizeArgs {
   float* absmax;    // (ceil(rows*cols / blocksize)) out
   int32_t threads;
 };
-// Nearest code of w * (1 / absmax), a tie to the lower one. kNotFinite if any weight is NaN or Inf.
+// Nearest code of w * (1 / max(absmax, 1e-38)), in float32, a tie to the lower one; in a last block that is not
+// full, of w / max(absmax, 1e-38) (that is bitsandbytes' arithmetic). kNotFinite if any weight is NaN or Inf.
 Status nf4_quantize(const Nf4QuantizeArgs& args, Isa isa);
 
 struct Nf4DoubleQuantizeArgs {
@@ -74,8 +75,8 @@ struct Nf4DoubleQuantizeArgs {
   uint8_t* nested;  // (1 + ceil(blocks / 256)) float32 out, as bytes
   int32_t threads;
 };
-// offset = mean(absmax) (float64 sum, rounded once); then 8-bit codes of (absmax - offset) by exact nearest
-// (a tie to the lower index), one scale per 256.
+// offset = mean(absmax) (float64 sum, rounded once); scale = the largest |absmax - offset| of each 256; then 8-bit
+// codes of (absmax - offset) / scale by exact nearest, a tie to the lower index.
 Status nf4_double_quantize(const Nf4DoubleQuantizeArgs& args);
 
 struct Nf4DequantizeArgs {
