@@ -73,7 +73,7 @@ class QLinear(nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate the dense weight
         dtype = torch.get_default_dtype() if dtype is None else dtype
         adapter_dtype = torch.float32 if adapter_dtype is None else adapter_dtype
-        _check_arguments(in_features, out_features, rank, alpha, dropout, blocksize, dtype, adapter_dtype)
+        check_arguments(in_features, out_features, rank, alpha, dropout, blocksize, dtype, adapter_dtype)
         self.in_features, self.out_features = in_features, out_features
         self.rank, self.alpha, self.dropout, self.use_rslora = rank, alpha, dropout, use_rslora
         self.scaling = 0.0 if rank == 0 else alpha / (math.sqrt(rank) if use_rslora else rank)
@@ -239,6 +239,20 @@ class QLinear(nn.Linear):
         for name, part in zip(_BASE, (weight.packed, weight.scales, weight.nested), strict=True):
             setattr(self, name, None if part is None else nn.Parameter(part, requires_grad=False))
 
+    def share_base(self, other: QLinear) -> None:
+        """Hold `other`'s packed weight, the very Parameters, in place of this layer's own. Both unmerged."""
+        mine, theirs = self.quantized_weight, other.quantized_weight
+        if (mine.shape, mine.blocksize, mine.double_quant) != (
+            theirs.shape,
+            theirs.blocksize,
+            theirs.double_quant,
+        ):
+            raise ValueError(f"QLinear.share_base: expected a layer like {self}, got {other}")
+        if self.merged or other.merged:
+            raise RuntimeError("QLinear.share_base: expected unmerged layers, got a merged one")
+        for name in _BASE:
+            setattr(self, name, getattr(other, name))
+
     @property
     def merged(self) -> bool:
         """Whether the adapter is folded into the weight."""
@@ -340,7 +354,7 @@ def _applied(fn: Callable[[Tensor], Tensor], parameter: Tensor) -> Tensor:
     return nn.Parameter(data, requires_grad=False)
 
 
-def _check_arguments(
+def check_arguments(
     in_features: int,
     out_features: int,
     rank: int,
