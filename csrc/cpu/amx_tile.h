@@ -78,11 +78,12 @@ struct alignas(64) TileConfig {
   uint16_t column_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
+static_assert(sizeof(TileConfig) == 64);
+// In static storage: the intrinsic tells the compiler of 8 of these 64 bytes only, so those of a local could be
+// dropped as never read.
+constexpr TileConfig kTileConfig;
 
-inline void tile_begin() {
-  const TileConfig config;
-  _tile_loadconfig(&config);
-}
+inline void tile_begin() { _tile_loadconfig(&kTileConfig); }
 inline void tile_end() { _tile_release(); }
 // The intrinsics do not tell the compiler that they read memory: everything a tile load reads must be stored
 // before this.
