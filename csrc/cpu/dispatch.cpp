@@ -15,7 +15,7 @@ struct Level {
   Status (*linear)(const Nf4LinearArgs&);         // every dtype, or all but bfloat16
   Status (*linear_bf16)(const Nf4LinearArgs&);    // bfloat16 x
   Status (*linear_decode)(const Nf4LinearArgs&);  // up to decode_rows rows of x; null: there is none
-  int64_t decode_rows_float, decode_rows_16bit;    // crossovers: above, the GEMM route is faster
+  int64_t decode_rows_float, decode_rows_16bit;   // crossovers: above, the GEMM route is faster
   Status (*grad_input)(const Nf4LinearGradInputArgs&);
   Status (*grad_input_bf16)(const Nf4LinearGradInputArgs&);
 };

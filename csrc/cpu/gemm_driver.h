@@ -26,9 +26,9 @@
 namespace fastlora::cpu {
 namespace {
 
-constexpr int64_t kPanel = 16;          // columns of a panel, items of a block
-constexpr int64_t kTileBytes = 1024;    // 16 items x 16 columns x 4 bytes
-constexpr int64_t kAbsmaxSlack = 16;    // floats readable past the last absmax of a row
+constexpr int64_t kPanel = 16;        // columns of a panel, items of a block
+constexpr int64_t kTileBytes = 1024;  // 16 items x 16 columns x 4 bytes
+constexpr int64_t kAbsmaxSlack = 16;  // floats readable past the last absmax of a row
 
 // A dense stand-in for W: (n, k) row-major, multiplied by `scale` on the way in (lora_a, or s * lora_b).
 struct DenseRows {
@@ -59,20 +59,31 @@ struct Gemm {
     return {first * blocks * kTileBytes + (p - first) * kTileBytes, width * kTileBytes};
   }
 
-  static T value(const DenseRows& s, int64_t row, int64_t column) {
-    return L::from_float(column < s.k ? s.scale * load_as_float(s.data, row * s.k + column, s.dtype) : 0.0f);
+  // Columns [k0, k0 + count) of a row, scaled and converted, zeros past the last column.
+  static void load_dense(const DenseRows& s, int64_t row, int64_t k0, int64_t count, T* out) {
+    const int64_t have = max64(0, min64(count, s.k - k0));
+    if (have > 0) L::load_scaled_row(element_ptr(s.data, row * s.k + k0, s.dtype), s.dtype, have, s.scale, out);
+    for (int64_t j = have; j < count; ++j) out[j] = L::from_float(0.0f);
   }
 
   // ---- rows of W as an A strip: contraction columns [k0, k0 + blocks * kPerVector) of rows [row0, row0 + rows)
 
   static void fill_strip(const DenseRows& s, const float*, int64_t, int64_t row0, int64_t rows, int64_t k0,
                          int64_t blocks, bool permuted, uint8_t* strip) {
+    alignas(64) T piece[kRun];
     for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t b = 0; b < blocks; ++b) {
-        T* out = reinterpret_cast<T*>(strip + b * kStripBlockBytes + i * 64);
-        for (int64_t j = 0; j < kPerVector; ++j) {
-          const int64_t p = b * kPerVector + j;
-          out[j] = value(s, row0 + i, k0 + (permuted ? p / kRun * kRun + L::order(p % kRun) : p));
+      if (!permuted) {
+        for (int64_t b = 0; b < blocks; ++b) {
+          load_dense(s, row0 + i, k0 + b * kPerVector, kPerVector,
+                     reinterpret_cast<T*>(strip + b * kStripBlockBytes + i * 64));
+        }
+        continue;
+      }
+      for (int64_t b = 0; b < blocks; b += kVectors) {
+        load_dense(s, row0 + i, k0 + b * kPerVector, kRun, piece);
+        for (int64_t v = 0; v < kVectors; ++v) {
+          T* out = reinterpret_cast<T*>(strip + (b + v) * kStripBlockBytes + i * 64);
+          for (int64_t j = 0; j < kPerVector; ++j) out[j] = piece[L::order(v * kPerVector + j)];
         }
       }
     }
@@ -103,19 +114,25 @@ struct Gemm {
   // ---- rows of W as B panels: items [t0, t0 + 16 * blocks) of the contraction over rows, columns
   //      [k0, k0 + kRun) or, when not permuted, the first `panels` * 16 of them
 
-  static void fill_panels(const DenseRows& s, const float*, int64_t row0, int64_t blocks, int64_t k0, bool permuted,
-                          int64_t panels, uint8_t* out) {
-    for (int64_t p = 0; p < panels; ++p) {
-      const PanelPlace place = panel_place(p, panels, blocks);
-      for (int64_t t = 0; t < blocks * 16; ++t) {
-        T* item = reinterpret_cast<T*>(out + place.offset + t / 16 * place.block_stride + t % 16 * 64);
+  static void fill_panels(const DenseRows& s, const float*, int64_t row0, int64_t blocks, int64_t k0,
+                          bool permuted, int64_t panels, uint8_t* out) {
+    alignas(64) T piece[kPerItem][kRun];
+    PanelPlace places[kRunPanels];
+    for (int64_t p = 0; p < panels; ++p) places[p] = panel_place(p, panels, blocks);
+    for (int64_t t = 0; t < blocks * 16; ++t) {
+      for (int64_t e = 0; e < kPerItem; ++e) {
+        const int64_t row = row0 + t * kPerItem + e;
+        if (row < s.n) {
+          load_dense(s, row, k0, permuted ? kRun : panels * kPanel, piece[e]);
+        } else {
+          for (T& value : piece[e]) value = L::from_float(0.0f);
+        }
+      }
+      for (int64_t p = 0; p < panels; ++p) {
+        T* item = reinterpret_cast<T*>(out + places[p].offset + t / 16 * places[p].block_stride + t % 16 * 64);
         for (int64_t q = 0; q < kPanel; ++q) {
-          const int64_t position = p * kPanel + q;
-          const int64_t column = k0 + (permuted ? L::column_of(position) : position);
-          for (int64_t e = 0; e < kPerItem; ++e) {
-            const int64_t row = row0 + t * kPerItem + e;
-            item[q * kPerItem + e] = row < s.n ? value(s, row, column) : L::from_float(0.0f);
-          }
+          const int64_t position = p * kPanel + q, column = permuted ? L::column_of(position) : position;
+          for (int64_t e = 0; e < kPerItem; ++e) item[q * kPerItem + e] = piece[e][column];
         }
       }
     }
@@ -210,7 +227,8 @@ struct Gemm {
 
   // C[rows][16 * panels] (+)= strip · panels over `blocks` blocks; the panels hold `all_blocks` each.
   static void multiply(const uint8_t* strip, int64_t rows, const uint8_t* panels_base, int64_t panels,
-                       int64_t all_blocks, int64_t block0, int64_t blocks, float* c, int64_t ldc, bool accumulate) {
+                       int64_t all_blocks, int64_t block0, int64_t blocks, float* c, int64_t ldc,
+                       bool accumulate) {
     for (int64_t p = 0; p < panels; p += kGroup) {
       const int64_t width = min64(kGroup, panels - p);
       L::multiply(strip, panels_base + p * all_blocks * kTileBytes + block0 * width * kTileBytes, width, blocks,
@@ -221,12 +239,12 @@ struct Gemm {
 
 // How one thread's scratch is laid out; every size is bounded whatever the shape.
 struct Plan {
-  int64_t row_block;      // rows of x (dy) packed at a time
-  int64_t blocks;         // 64-byte blocks of the whole contraction
-  int64_t chunk_blocks;   // of them packed at a time
+  int64_t row_block;     // rows of x (dy) packed at a time
+  int64_t blocks;        // 64-byte blocks of the whole contraction
+  int64_t chunk_blocks;  // of them packed at a time
   int64_t chunks;
-  int64_t rank_blocks;    // blocks of the low-rank extension
-  int64_t units_per_c;    // strips (runs) whose C is kept while the chunks go by
+  int64_t rank_blocks;  // blocks of the low-rank extension
+  int64_t units_per_c;  // strips (runs) whose C is kept while the chunks go by
 };
 
 template <class L>
@@ -256,11 +274,11 @@ struct Forward {
   const void* x;  // (m, k), dtype
   int64_t m, k, n;
   DType dtype;
-  Source source;    // Nf4Weight or DenseRows, (n, k)
-  const void* u;    // (m, r), dtype
-  DenseRows ext;    // (n, r)
+  Source source;  // Nf4Weight or DenseRows, (n, k)
+  const void* u;  // (m, r), dtype
+  DenseRows ext;  // (n, r)
   const void* bias;
-  void* out;        // (m, n), dtype
+  void* out;  // (m, n), dtype
   Plan plan;
   int64_t strips;
   bool out_of_memory;
@@ -302,8 +320,8 @@ struct Forward {
     const int64_t strip_bytes = max64(L::kStripBlocks, plan.rank_blocks) * G::kStripBlockBytes;
     const int64_t c_bytes = G::kStripRows * ldc * 4;
     const int64_t absmax_bytes = round_up(G::kStripRows * absmax_stride() * 4, 64);
-    auto* scratch = static_cast<uint8_t*>(thread_scratch(static_cast<size_t>(
-        packed_bytes + rank_bytes + strip_bytes + plan.units_per_c * c_bytes + absmax_bytes)));
+    auto* scratch = static_cast<uint8_t*>(thread_scratch(
+        static_cast<size_t>(packed_bytes + rank_bytes + strip_bytes + plan.units_per_c * c_bytes + absmax_bytes)));
     if (scratch == nullptr) {
       __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
       return;
@@ -396,10 +414,10 @@ struct Backward {
   const void* dy;  // (m, n), dtype
   int64_t m, n, k;
   DType dtype;
-  Source source;   // Nf4Weight or DenseRows, (n, k)
-  const void* v;   // (m, r), dtype
-  DenseRows ext;   // (r, k)
-  void* out;       // (m, k), dtype
+  Source source;  // Nf4Weight or DenseRows, (n, k)
+  const void* v;  // (m, r), dtype
+  DenseRows ext;  // (r, k)
+  void* out;      // (m, k), dtype
   Plan plan;
   int64_t runs;
   bool out_of_memory;
@@ -424,11 +442,10 @@ struct Backward {
     constexpr int64_t kLdc = G::kRun;
     const int64_t packed_bytes = plan.row_block * plan.chunk_blocks * 64;
     const int64_t rank_bytes = plan.row_block * plan.rank_blocks * 64;
-    const int64_t panel_bytes =
-        max64(L::kPanelBlocks, plan.rank_blocks) * G::kRunPanels * kTileBytes;
+    const int64_t panel_bytes = max64(L::kPanelBlocks, plan.rank_blocks) * G::kRunPanels * kTileBytes;
     const int64_t c_bytes = plan.row_block * kLdc * 4;
-    auto* scratch = static_cast<uint8_t*>(thread_scratch(
-        static_cast<size_t>(packed_bytes + rank_bytes + panel_bytes + plan.units_per_c * c_bytes)));
+    auto* scratch = static_cast<uint8_t*>(
+        thread_scratch(static_cast<size_t>(packed_bytes + rank_bytes + panel_bytes + plan.units_per_c * c_bytes)));
     if (scratch == nullptr) {
       __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
       return;
@@ -509,32 +526,66 @@ struct Backward {
 template <class L>
 Status gemm_linear(const Nf4LinearArgs& a) {
   if (a.r > 0 && a.lora_a != nullptr) {
-    Forward<L, DenseRows> low_rank{.x = a.x, .m = a.m, .k = a.weight.k, .n = a.r, .dtype = a.dtype,
+    Forward<L, DenseRows> low_rank{.x = a.x,
+                                   .m = a.m,
+                                   .k = a.weight.k,
+                                   .n = a.r,
+                                   .dtype = a.dtype,
                                    .source = {a.lora_a, a.lora_dtype, a.r, a.weight.k, 1.0f},
-                                   .u = nullptr, .ext = {}, .bias = nullptr, .out = a.u,
-                                   .plan = {}, .strips = 0, .out_of_memory = false};
+                                   .u = nullptr,
+                                   .ext = {},
+                                   .bias = nullptr,
+                                   .out = a.u,
+                                   .plan = {},
+                                   .strips = 0,
+                                   .out_of_memory = false};
     if (const Status status = low_rank.run(a.threads); status != Status::kOk) return status;
   }
-  Forward<L, Nf4Weight> base{.x = a.x, .m = a.m, .k = a.weight.k, .n = a.weight.n, .dtype = a.dtype,
-                             .source = a.weight, .u = a.u,
+  Forward<L, Nf4Weight> base{.x = a.x,
+                             .m = a.m,
+                             .k = a.weight.k,
+                             .n = a.weight.n,
+                             .dtype = a.dtype,
+                             .source = a.weight,
+                             .u = a.u,
                              .ext = {a.lora_b, a.lora_dtype, a.weight.n, a.r, a.scaling},
-                             .bias = a.bias, .out = a.y, .plan = {}, .strips = 0, .out_of_memory = false};
+                             .bias = a.bias,
+                             .out = a.y,
+                             .plan = {},
+                             .strips = 0,
+                             .out_of_memory = false};
   return base.run(a.threads);
 }
 
 template <class L>
 Status gemm_grad_input(const Nf4LinearGradInputArgs& a) {
   if (a.r > 0) {
-    Backward<L, DenseRows> low_rank{.dy = a.dy, .m = a.m, .n = a.weight.n, .k = a.r, .dtype = a.dtype,
+    Backward<L, DenseRows> low_rank{.dy = a.dy,
+                                    .m = a.m,
+                                    .n = a.weight.n,
+                                    .k = a.r,
+                                    .dtype = a.dtype,
                                     .source = {a.lora_b, a.lora_dtype, a.weight.n, a.r, a.scaling},
-                                    .v = nullptr, .ext = {}, .out = a.v,
-                                    .plan = {}, .runs = 0, .out_of_memory = false};
+                                    .v = nullptr,
+                                    .ext = {},
+                                    .out = a.v,
+                                    .plan = {},
+                                    .runs = 0,
+                                    .out_of_memory = false};
     if (const Status status = low_rank.run(a.threads); status != Status::kOk) return status;
   }
-  Backward<L, Nf4Weight> base{.dy = a.dy, .m = a.m, .n = a.weight.n, .k = a.weight.k, .dtype = a.dtype,
-                              .source = a.weight, .v = a.v,
+  Backward<L, Nf4Weight> base{.dy = a.dy,
+                              .m = a.m,
+                              .n = a.weight.n,
+                              .k = a.weight.k,
+                              .dtype = a.dtype,
+                              .source = a.weight,
+                              .v = a.v,
                               .ext = {a.lora_a, a.lora_dtype, a.r, a.weight.k, 1.0f},
-                              .out = a.dx, .plan = {}, .runs = 0, .out_of_memory = false};
+                              .out = a.dx,
+                              .plan = {},
+                              .runs = 0,
+                              .out_of_memory = false};
   return base.run(a.threads);
 }
 

@@ -39,11 +39,15 @@ struct Bf16Level {
   static void load_row(const void* src, DType dtype, int64_t count, uint16_t* dst) {
     if (dtype == DType::kBFloat16) {
       std::memcpy(dst, src, static_cast<size_t>(count) * 2);
-      return;
+    } else {
+      load_scaled_row(src, dtype, count, 1.0f, dst);
     }
+  }
+  static void load_scaled_row(const void* src, DType dtype, int64_t count, float scale, uint16_t* dst) {
     for (int64_t i = 0; i < count; i += 16) {
       const __mmask16 mask = mask16(count - i);
-      _mm256_mask_storeu_epi16(dst + i, mask, to_bf16(load16(element_ptr(src, i, dtype), dtype, mask)));
+      const __m512 f = load16(element_ptr(src, i, dtype), dtype, mask);
+      _mm256_mask_storeu_epi16(dst + i, mask, to_bf16(_mm512_mul_ps(f, _mm512_set1_ps(scale))));
     }
   }
   static void store_row(const float* src, int64_t count, DType dtype, void* dst) {
@@ -59,7 +63,8 @@ struct Bf16Level {
   // An item is columns e and e + 4 of a group of eight (one 128-bit lane): bring the pairs together, then
   // transpose 16x16 dwords; dword d goes to vector (d % 4) ^ 1, item d / 4.
   static void pack_run(const uint16_t (*piece)[kRun], uint8_t* out, int64_t stride) {
-    const __m512i pair_up = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+    const __m512i pair_up =
+        _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
     for (int64_t d0 = 0; d0 < kRun / 2; d0 += 16) {
       __m512i rows[16];
       for (int j = 0; j < 16; ++j) {

@@ -81,7 +81,9 @@ struct Amx : Bf16Level {
 
 #ifdef FASTLORA_AMX_EMULATE
 Status nf4_linear_amx_emulated(const Nf4LinearArgs& args) { return gemm_linear<Amx>(args); }
-Status nf4_linear_grad_input_amx_emulated(const Nf4LinearGradInputArgs& args) { return gemm_grad_input<Amx>(args); }
+Status nf4_linear_grad_input_amx_emulated(const Nf4LinearGradInputArgs& args) {
+  return gemm_grad_input<Amx>(args);
+}
 #else
 Status nf4_linear_amx(const Nf4LinearArgs& args) { return gemm_linear<Amx>(args); }
 Status nf4_linear_grad_input_amx(const Nf4LinearGradInputArgs& args) { return gemm_grad_input<Amx>(args); }

@@ -65,9 +65,16 @@ struct Avx2Float {
   static void end() {}
 
   static void load_row(const void* src, DType dtype, int64_t count, float* dst) {
+    load_scaled_row(src, dtype, count, 1.0f, dst);
+  }
+
+  static void load_scaled_row(const void* src, DType dtype, int64_t count, float scale, float* dst) {
+    const __m256 factor = _mm256_set1_ps(scale);
     int64_t i = 0;
-    for (; i + 8 <= count; i += 8) _mm256_storeu_ps(dst + i, load8(element_ptr(src, i, dtype), dtype));
-    for (; i < count; ++i) dst[i] = load_as_float(src, i, dtype);
+    for (; i + 8 <= count; i += 8) {
+      _mm256_storeu_ps(dst + i, _mm256_mul_ps(load8(element_ptr(src, i, dtype), dtype), factor));
+    }
+    for (; i < count; ++i) dst[i] = load_as_float(src, i, dtype) * scale;
   }
 
   static void store_row(const float* src, int64_t count, DType dtype, void* dst) {
@@ -142,8 +149,7 @@ struct Avx2Float {
           const auto* item = reinterpret_cast<const float*>(panels + b * kTileBytes + t * 64);
           const __m256 left = _mm256_load_ps(item), right = _mm256_load_ps(item + 8);
           for (int i = 0; i < kRows; ++i) {
-            const __m256 a =
-                _mm256_set1_ps(load_unaligned<float>(strip + (b * kStripRows + i0 + i) * 64 + t * 4));
+            const __m256 a = _mm256_set1_ps(load_unaligned<float>(strip + (b * kStripRows + i0 + i) * 64 + t * 4));
             acc[i][0] = _mm256_fmadd_ps(a, left, acc[i][0]);
             acc[i][1] = _mm256_fmadd_ps(a, right, acc[i][1]);
           }

@@ -8,7 +8,7 @@ namespace {
 struct Avx512Float {
   using T = float;
   static constexpr int64_t kPerItem = 1;
-  static constexpr int64_t kRun = 128;        // 64 packed bytes: eight look-ups of 16 weights
+  static constexpr int64_t kRun = 128;  // 64 packed bytes: eight look-ups of 16 weights
   static constexpr int64_t kStripRows = 32;
   static constexpr int64_t kGroup = 3;        // 8 rows x 3 panels: 24 accumulators
   static constexpr int64_t kStripBlocks = 8;  // 128 columns: a strip of 16 KiB
@@ -35,7 +35,10 @@ struct Avx512Float {
   static void end() {}
 
   static void load_row(const void* src, DType dtype, int64_t count, float* dst) {
-    load_row_f32(src, dtype, count, dst);
+    load_row_f32(src, dtype, count, 1.0f, dst);
+  }
+  static void load_scaled_row(const void* src, DType dtype, int64_t count, float scale, float* dst) {
+    load_row_f32(src, dtype, count, scale, dst);
   }
   static void store_row(const float* src, int64_t count, DType dtype, void* dst) {
     store_row_f32(src, count, dtype, dst);
@@ -62,7 +65,8 @@ struct Avx512Float {
   static void dequantize_run(const Run& run, uint8_t* const* out) {
     const __m512 codes = _mm512_loadu_ps(kNf4Codes);
     const __m512i words = _mm512_maskz_loadu_epi8(mask64(run.count), run.bytes);
-    const __m512i lane8 = _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 3);
+    const __m512i lane8 =
+        _mm512_slli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 3);
     if (run.shift >= 6 && run.phase % 64 == 0) {  // two halves, one absmax each
       const __m512 first = _mm512_set1_ps(run.absmax[run.phase >> run.shift]);
       const __m512 second = _mm512_set1_ps(run.absmax[(run.phase + 64) >> run.shift]);

@@ -16,12 +16,12 @@ namespace fastlora::cpu {
 namespace {
 
 constexpr int kMaxRows = 8;
-constexpr int64_t kRun = 128;            // columns of 64 packed bytes
-constexpr int64_t kChunkRuns = 32;       // scales are decoded for so many runs at a time
+constexpr int64_t kRun = 128;       // columns of 64 packed bytes
+constexpr int64_t kChunkRuns = 32;  // scales are decoded for so many runs at a time
 constexpr int64_t kChunkScales = kChunkRuns * kRun / kMinBlocksize + 32;
-constexpr float kXMax = 16383.0f;        // 15 bits signed
-constexpr float kCodeUnit = 2048.0f;     // 8 products of 12 x 15 bits stay below 2^29
-constexpr float kTiniest = 1e-30f;       // below, 1 / scale leaves float32
+constexpr float kXMax = 16383.0f;     // 15 bits signed
+constexpr float kCodeUnit = 2048.0f;  // 8 products of 12 x 15 bits stay below 2^29
+constexpr float kTiniest = 1e-30f;    // below, 1 / scale leaves float32
 
 struct Row {
   const int16_t* integers;  // [run][4 look-ups][32], the integer route
@@ -38,15 +38,13 @@ struct Job {
   int64_t runs, r_pad;
   bool blocks_aligned;  // every 64 columns of W have one absmax
   uint8_t* scratch;
-  int64_t row_bytes;    // of scratch, a row of x
+  int64_t row_bytes;  // of scratch, a row of x
   bool integer_row[kMaxRows];
 
   float* floats(int i) const { return reinterpret_cast<float*>(scratch + i * row_bytes); }
   int16_t* integers(int i) const { return reinterpret_cast<int16_t*>(scratch + i * row_bytes); }
   float* scales(int i) const { return reinterpret_cast<float*>(integers(i) + runs * kRun); }
-  float* low_rank(int i) const {
-    return reinterpret_cast<float*>(scratch + i * row_bytes + runs * kRun * 4);
-  }
+  float* low_rank(int i) const { return reinterpret_cast<float*>(scratch + i * row_bytes + runs * kRun * 4); }
 };
 
 // ---- splitting x ------------------------------------------------------------------------------------------
@@ -106,7 +104,7 @@ void split_floats(const Job& job, int i) {
   for (int64_t run = 0; run < job.runs; ++run) {
     alignas(64) float natural[kRun] = {};
     const int64_t count = min64(kRun, k - run * kRun);
-    load_row_f32(element_ptr(x, run * kRun, job.a.dtype), job.a.dtype, count, natural);
+    load_row_f32(element_ptr(x, run * kRun, job.a.dtype), job.a.dtype, count, 1.0f, natural);
     for (int64_t p = 0; p < kRun; ++p) out[run * kRun + p] = natural[8 * (p % 16) + ((p / 16) ^ 1)];
   }
 }
@@ -145,7 +143,8 @@ void rank_column(const Job& job, int64_t q) {
 // ---- the pass over W ----------------------------------------------------------------------------------------
 
 // Scales of the blocks that columns [k0, k1) of `row` meet, zeros for a run past the end.
-inline int64_t chunk_scales(const Nf4Weight& w, const float* map, int64_t row, int64_t k0, int64_t k1, float* out) {
+inline int64_t chunk_scales(const Nf4Weight& w, const float* map, int64_t row, int64_t k0, int64_t k1,
+                            float* out) {
   const int64_t first = (row * w.k + k0) / w.blocksize, last = (row * w.k + k1 - 1) / w.blocksize;
   decode_absmax_row(w.scales, map, first, last - first + 1, out);
   _mm512_storeu_ps(out + (last - first + 1), _mm512_setzero_ps());
@@ -186,13 +185,12 @@ void integer_pass(const Job& job, const Row* rows, int64_t n0, __m512 (&sums)[kO
           values[o][c] = _mm512_permutexvar_epi16(c == 0 ? words : _mm512_srli_epi16(words, 4 * c), table);
         }
         if (shift == 6) {  // two neighbours: one 8-byte broadcast
-          const __m512 pair = _mm512_castpd_ps(
-              _mm512_set1_pd(load_unaligned<double>(scales[o] + ((flat >> 6) - first[o]))));
+          const __m512 pair =
+              _mm512_castpd_ps(_mm512_set1_pd(load_unaligned<double>(scales[o] + ((flat >> 6) - first[o]))));
           absmax[o] = _mm512_permutexvar_ps(halves, pair);
         } else {
-          absmax[o] = _mm512_mask_blend_ps(
-              0xff00, _mm512_set1_ps(scales[o][(flat >> shift) - first[o]]),
-              _mm512_set1_ps(scales[o][((flat + 64) >> shift) - first[o]]));
+          absmax[o] = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(scales[o][(flat >> shift) - first[o]]),
+                                           _mm512_set1_ps(scales[o][((flat + 64) >> shift) - first[o]]));
         }
       }
       for (int i = 0; i < kIn; ++i) {
@@ -218,8 +216,7 @@ void float_pass(const Job& job, const Row* rows, int64_t n0, __m512 (&sums)[kOut
   const int shift = __builtin_ctzll(static_cast<uint64_t>(w.blocksize));
   const __m128i shift_by = _mm_cvtsi32_si128(shift);
   const __m512 codes = _mm512_loadu_ps(kNf4Codes);
-  const __m512i lane8 =
-      _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
+  const __m512i lane8 = _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
   alignas(64) float scales[kOut][kChunkScales];
   for (int64_t chunk = 0; chunk < job.runs; chunk += kChunkRuns) {
     const int64_t stop = min64(job.runs, chunk + kChunkRuns);
@@ -245,8 +242,7 @@ void float_pass(const Job& job, const Row* rows, int64_t n0, __m512 (&sums)[kOut
             const __m512i place = _mm512_add_epi32(lane8, _mm512_set1_epi32(phase + (c ^ 1)));
             scale = _mm512_permutexvar_ps(_mm512_srl_epi32(place, shift_by), absmax);
           }
-          const __m512 value =
-              _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * c), codes), scale);
+          const __m512 value = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * c), codes), scale);
           for (int i = 0; i < kIn; ++i) {
             sums[o][i] = _mm512_fmadd_ps(value, _mm512_load_ps(rows[i].floats + run * kRun + c * 16), sums[o][i]);
           }
@@ -341,7 +337,8 @@ Status nf4_linear_decode_avx512(const Nf4LinearArgs& a) {
     const int rows = static_cast<int>(min64(most, a.m - row0));
     auto* scratch = static_cast<uint8_t*>(thread_scratch(static_cast<size_t>(rows * row_bytes)));
     if (scratch == nullptr) return Status::kOutOfMemory;
-    Job job{a, row0, rows, runs, r_pad, a.weight.k % 64 == 0 && a.weight.blocksize % 64 == 0, scratch, row_bytes, {}};
+    Job job{a,       row0,      rows, runs, r_pad, a.weight.k % 64 == 0 && a.weight.blocksize % 64 == 0,
+            scratch, row_bytes, {}};
     const bool compute_u = a.r > 0 && a.lora_a != nullptr;
     parallel_ranges(rows + (compute_u ? a.r : 0), a.threads, first_phase, &job);
     for (int i = 0; i < rows; ++i) {

@@ -15,9 +15,7 @@ inline __mmask16 mask16(int64_t count) {
 inline __mmask32 mask32(int64_t count) {
   return count >= 32 ? static_cast<__mmask32>(~0u) : static_cast<__mmask32>((1u << max64(count, 0)) - 1u);
 }
-inline __mmask64 mask64(int64_t count) {
-  return count >= 64 ? ~0ull : (1ull << max64(count, 0)) - 1ull;
-}
+inline __mmask64 mask64(int64_t count) { return count >= 64 ? ~0ull : (1ull << max64(count, 0)) - 1ull; }
 
 // Up to 16 elements as float32, zeros past `mask`; never reads past it.
 inline __m512 load16(const void* p, DType dtype, __mmask16 mask) {
@@ -43,17 +41,17 @@ inline void store16(void* p, DType dtype, __m512 f, __mmask16 mask) {
   if (dtype == DType::kFloat32) {
     _mm512_mask_storeu_ps(p, mask, f);
   } else {
-    const __m256i h = dtype == DType::kBFloat16
-                          ? to_bf16(f)
-                          : _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m256i h =
+        dtype == DType::kBFloat16 ? to_bf16(f) : _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm256_mask_storeu_epi16(p, mask, h);
   }
 }
 
-inline void load_row_f32(const void* src, DType dtype, int64_t count, float* dst) {
+inline void load_row_f32(const void* src, DType dtype, int64_t count, float scale, float* dst) {
   for (int64_t i = 0; i < count; i += 16) {
     const __mmask16 mask = mask16(count - i);
-    _mm512_mask_storeu_ps(dst + i, mask, load16(element_ptr(src, i, dtype), dtype, mask));
+    const __m512 f = load16(element_ptr(src, i, dtype), dtype, mask);
+    _mm512_mask_storeu_ps(dst + i, mask, _mm512_mul_ps(f, _mm512_set1_ps(scale)));
   }
 }
 
@@ -105,8 +103,8 @@ inline void transpose16(__m512i (&rows)[16]) {
   }
   // t[4g + c] holds, in 128-bit lane L, column 4L + c of rows 4g .. 4g + 3.
   for (int c = 0; c < 4; ++c) {
-    const __m512i even01 = _mm512_shuffle_i32x4(t[c], t[4 + c], 0x88);      // lanes 0, 2 of both
-    const __m512i odd01 = _mm512_shuffle_i32x4(t[c], t[4 + c], 0xdd);       // lanes 1, 3
+    const __m512i even01 = _mm512_shuffle_i32x4(t[c], t[4 + c], 0x88);  // lanes 0, 2 of both
+    const __m512i odd01 = _mm512_shuffle_i32x4(t[c], t[4 + c], 0xdd);   // lanes 1, 3
     const __m512i even23 = _mm512_shuffle_i32x4(t[8 + c], t[12 + c], 0x88);
     const __m512i odd23 = _mm512_shuffle_i32x4(t[8 + c], t[12 + c], 0xdd);
     rows[c] = _mm512_shuffle_i32x4(even01, even23, 0x88);
