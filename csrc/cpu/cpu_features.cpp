@@ -1,12 +1,16 @@
 // CPUID and XGETBV say what the processor and the operating system allow; AMX asks the kernel besides.
+#include "fastlora/cpu.h"
+
+#ifdef FASTLORA_X86
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-
-#include "fastlora/cpu.h"
+#endif
 
 namespace fastlora {
 namespace {
+
+#ifdef FASTLORA_X86
 
 struct Leaf {
   uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -49,6 +53,14 @@ struct Features {
     amx = avx512_bf16 && os_tiles && bit(l7.edx, 24) && bit(l7.edx, 22) && request_amx_permission();
   }
 };
+
+#else
+
+struct Features {  // another processor: the scalar level
+  bool avx2 = false, avx512 = false, avx512_bf16 = false, amx = false;
+};
+
+#endif
 
 const Features& features() {
   static const Features f;
