@@ -252,7 +252,8 @@ def _nf4_quantize_cpu(weight: Tensor, blocksize: int, double_quant: bool) -> tup
     )  # fmt: skip
     if status == 4:
         bad = ~torch.isfinite(weight)
-        where = tuple(int(i) for i in bad.nonzero()[0])
+        first = int(bad.reshape(-1).view(torch.uint8).argmax())
+        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), weight.shape))
         raise ValueError(
             f"nf4_quantize: expected finite weights, got {int(bad.sum())} NaN or Inf of {weight.numel()}, "
             f"the first at index {where}"

@@ -149,19 +149,24 @@ def nf4_linear_grad_input(
     return dx, v
 
 
+def _rows(t: Tensor) -> Tensor:
+    """(..., f) to (rows, f) in float64, also where a size is 0."""
+    return t.double().reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
 def lora_grad_a(v: Tensor, x: Tensor) -> Tensor:
     """dA = vᵀ·x (r, k), of v = scaling·dy·B (..., r) and x (..., k)."""
-    return v.double().reshape(-1, v.shape[-1]).T @ x.double().reshape(-1, x.shape[-1])
+    return _rows(v).T @ _rows(x)
 
 
 def lora_grad_b(dy: Tensor, u: Tensor, scaling: float) -> Tensor:
     """dB = scaling·dyᵀ·u (n, r), of dy (..., n) and u = x·Aᵀ (..., r)."""
-    return scaling * (dy.double().reshape(-1, dy.shape[-1]).T @ u.double().reshape(-1, u.shape[-1]))
+    return scaling * (_rows(dy).T @ _rows(u))
 
 
 def grad_bias(dy: Tensor) -> Tensor:
     """dbias = the sum of dy (..., n) over its rows: (n,)."""
-    return dy.double().reshape(-1, dy.shape[-1]).sum(0)
+    return _rows(dy).sum(0)
 
 
 # --- dropout ----------------------------------------------------------------------------------------------

@@ -1,0 +1,16 @@
+"""Fixtures that every test file shares."""
+
+import pytest
+
+from fastlora import ops
+
+LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
+
+
+@pytest.fixture(params=LEVELS)
+def isa(request):
+    """Each instruction-set level in turn, forced for the length of the test."""
+    if request.param not in ops.available_isas():
+        pytest.skip(f"this machine cannot run level {request.param}")
+    with ops.use_isa(request.param):
+        yield request.param
