@@ -1,6 +1,7 @@
 """fastlora: fused 4-bit NormalFloat layers with low-rank adapters."""
 
 from ._C import __version__
+from .adapters import load_adapter, save_adapter
 from .autograd import nf4_linear
 from .conversion_report import ConversionReport
 from .convert import convert
@@ -16,7 +17,9 @@ __all__ = [
     "available_isas",
     "convert",
     "current_isa",
+    "load_adapter",
     "nf4_linear",
     "quantize_nf4",
+    "save_adapter",
     "use_isa",
 ]

@@ -98,7 +98,7 @@ def _mib(count: int) -> str:
 
 
 def _aligned(rows: Sequence[Sequence[str]], text_columns: int) -> list[str]:
-    """Lines, the first `text_columns` columns to the left and the rest to the right, a rule under the head."""
+    """Lines, the first `text_columns` columns to the left and the rest to the right, with a ruled head."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "  ".join(

@@ -75,8 +75,8 @@ class QLinear(nn.Linear):
         adapter_dtype = torch.float32 if adapter_dtype is None else adapter_dtype
         check_arguments(in_features, out_features, rank, alpha, dropout, blocksize, dtype, adapter_dtype)
         self.in_features, self.out_features = in_features, out_features
-        self.rank, self.alpha, self.dropout, self.use_rslora = rank, alpha, dropout, use_rslora
-        self.scaling = 0.0 if rank == 0 else alpha / (math.sqrt(rank) if use_rslora else rank)
+        self.rank, self.dropout = rank, dropout
+        self.set_alpha(alpha, use_rslora)
         self.blocksize, self.double_quant, self.weight_dtype = blocksize, double_quant, dtype
         self._unmerged: tuple[Tensor | None, ...] | None = None  # the base while merged
 
@@ -182,6 +182,11 @@ class QLinear(nn.Linear):
             bound = 1 / math.sqrt(self.in_features)
             nn.init.uniform_(self.bias, -bound, bound)
         self.reset_adapter()
+
+    def set_alpha(self, alpha: float, use_rslora: bool = False) -> None:
+        """Set the scaling to alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
+        self.alpha, self.use_rslora = alpha, use_rslora
+        self.scaling = 0.0 if self.rank == 0 else alpha / (math.sqrt(self.rank) if use_rslora else self.rank)
 
     def reset_adapter(self) -> None:
         """lora_A Kaiming-uniform with a = sqrt(5), lora_B zero: the layer equals its base again."""
