@@ -133,7 +133,7 @@ def read(
     if dtype_name not in _DTYPES:
         raise TypeError(f"{_OP}: expected dtype {', '.join(_DTYPES)}, got {dtype_name!r}")
     cols = shape[-1]
-    if cols % 2:
+    if cols % 2 and numel:
         packed = _repack(packed, numel, numel, cols)
     packed = packed.reshape(*shape[:-1], (cols + 1) // 2)
     common = (torch.Size(shape), _DTYPES[dtype_name], blocksize)
