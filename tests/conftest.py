@@ -1,6 +1,7 @@
 """Fixtures that every test file shares."""
 
 import pytest
+import torch
 
 from fastlora import ops
 
@@ -14,3 +15,11 @@ def isa(request):
         pytest.skip(f"this machine cannot run level {request.param}")
     with ops.use_isa(request.param):
         yield request.param
+
+
+@pytest.fixture
+def keep_threads():
+    """Puts torch's thread count back after a test that changes it."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
