@@ -89,6 +89,10 @@ struct Gemm {
     }
   }
 
+  static void prefetch(const Nf4Weight& w, int64_t byte) {
+    if (byte < w.n * ceil_div(w.k, 2)) __builtin_prefetch(w.packed + byte);
+  }
+
   // absmax: row i's decoded scales from the block of column `absmax_k0` on, at absmax + i * absmax_stride.
   static void fill_strip(const Nf4Weight& w, const float* absmax, int64_t absmax_stride, int64_t row0,
                          int64_t rows, int64_t k0, int64_t blocks, bool, uint8_t* strip, int64_t absmax_k0) {
@@ -101,6 +105,11 @@ struct Gemm {
         const int64_t k = k0 + b * kPerVector, flat = row * w.k + k;
         uint8_t* out[kVectors];
         for (int64_t v = 0; v < kVectors; ++v) out[v] = strip + (b + v) * kStripBlockBytes + i * 64;
+        // A strip takes a few bytes of many rows, which no hardware prefetcher follows: ask for the same place in
+        // the next strip, along the row or, at its end, kStripRows below.
+        const int64_t next = k / 2 + L::kStripBlocks * kPerVector / 2;
+        prefetch(w, next < row_bytes ? row * row_bytes + next
+                                     : (row + kStripRows) * row_bytes + next % (L::kStripBlocks * kPerVector / 2));
         L::dequantize_run({.bytes = w.packed + row * row_bytes + k / 2,
                            .count = row_bytes - k / 2,
                            .absmax = absmax + i * absmax_stride + ((flat >> shift) - first_block),
@@ -153,6 +162,7 @@ struct Gemm {
       typename L::Run runs[2];
       for (int64_t e = 0; e < kPerItem; ++e) {
         const int64_t row = row0 + t * kPerItem + e;
+        prefetch(w, (row + 16) * row_bytes + k0 / 2);
         if (row >= w.n) {  // past the last row: codes and scales of zero
           for (float& a : absmax[e]) a = 0.0f;
           runs[e] = {.bytes = w.packed, .count = 0, .absmax = absmax[e], .phase = 0, .shift = shift};
