@@ -513,6 +513,8 @@ def _check_given_u(
         raise TypeError(f"{op}: expected u in x's dtype {x.dtype}, got {u.dtype}")
     _check_same_device(op, "u", u, x.device)
     _check_same_device(op, "lora_b", lora_b, x.device)
+    if u.dim() < 1:
+        raise ValueError(f"{op}: expected u of shape (..., rank), got a 0-dimensional tensor")
     r = u.shape[-1]
     _check_shape(op, "u", u, (*x.shape[:-1], r), "x's rows, rank")
     _check_shape(op, "lora_b", lora_b, (n, r), "{} out_features, rank {}", n, r)
@@ -650,6 +652,7 @@ def _check_dropout(x: Tensor, seed: Tensor, p: float) -> None:
         raise TypeError(
             f"lora_dropout: expected seed as one int64, got {seed.dtype} of shape {tuple(seed.shape)}"
         )
+    _check_same_device("lora_dropout", "seed", seed, x.device)
     if not 0.0 <= p < 1.0:
         raise ValueError(f"lora_dropout: expected p in [0, 1), got {p}")
 
