@@ -138,7 +138,7 @@ def _forward_dropped(
     assert lora_a is not None
     assert lora_b is not None
     dropped = _dropout(x, seed, dropout)
-    u = _mm(_rows(dropped), lora_a.to(x.dtype).t()).reshape(*x.shape[:-1], lora_a.shape[0])
+    u = _mm(_rows(dropped), lora_a.to(x.dtype).t(), x.dtype).reshape(*x.shape[:-1], lora_a.shape[0])
     return _linear_given_u(x, u, packed, scales, nested, blocksize, bias, lora_b, scaling), u
 
 
@@ -151,12 +151,14 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(prod(t.shape[:-1]), t.shape[-1])
 
 
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """torch.mm in the operands' own dtype, also where autocast is on."""
+def _mm(a: Tensor, b: Tensor, out: torch.dtype) -> Tensor:
+    """a·b as `out`, accumulated in float32 at least, also where autocast is on."""
+    if a.dtype is torch.float16 and a.device.type == "cpu":
+        a, b = a.float(), b.float()  # torch's float16 product on a CPU takes six times longer than both casts
     if _autocast_is_on(a.device.type):
         with torch.autocast(a.device.type, enabled=False):
-            return torch.mm(a, b)
-    return torch.mm(a, b)
+            return torch.mm(a, b).to(out)
+    return torch.mm(a, b).to(out)
 
 
 class _Nf4Linear(torch.autograd.Function):
@@ -227,23 +229,23 @@ def _gradients(
     if needs_x and seed is None:
         dx, v = _grad_input(dy, packed, scales, nested, k, blocksize, lora_a, lora_b, scaling)
     elif lora_a is not None and lora_b is not None and (needs_a or needs_x):
-        v = _mm(dy, lora_b.to(dy.dtype)).mul_(scaling)
+        v = _mm(dy, lora_b.to(dy.dtype), dy.dtype).mul_(scaling)
     if needs_x and dx is None:  # with dropout the low-rank half of dx passes through the mask
         assert lora_a is not None
         assert v is not None
         assert seed is not None
         dx, _ = _grad_input(dy, packed, scales, nested, k, blocksize, None, None, scaling)
-        dx = dx + _dropout(_mm(v, lora_a.to(dy.dtype)), seed, dropout)
+        dx = dx + _dropout(_mm(v, lora_a.to(dy.dtype), dy.dtype), seed, dropout)
     if needs_a:
         assert lora_a is not None
         assert x is not None
         assert v is not None
         seen = x if seed is None else _dropout(x, seed, dropout)
-        da = _mm(v.t(), _rows(seen)).to(lora_a.dtype)
+        da = _mm(v.t(), _rows(seen), lora_a.dtype)
     if needs_b:
         assert lora_b is not None
         assert u is not None
-        db = _mm(dy.t(), _rows(u)).to(lora_b.dtype).mul_(scaling)
+        db = _mm(dy.t(), _rows(u), lora_b.dtype).mul_(scaling)
     if needs_bias:
         dbias = dy.sum(0)
     return None if dx is None else dx.reshape(x_shape), dbias, da, db
