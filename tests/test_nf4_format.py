@@ -135,6 +135,21 @@ def test_meta_tensors_have_the_shapes_of_real_ones():
     assert small.to("meta").packed.shape == small.packed.shape
 
 
+def test_scales_may_lie_at_any_byte():
+    """As slices of a flat buffer do, in a sharded model."""
+
+    def moved(t):
+        return torch.cat((t.new_zeros(1), t))[1:]
+
+    for double_quant in (False, True):
+        q = quantize_nf4(randn(5, 123), double_quant=double_quant)
+        nested = moved(q.nested) if double_quant else None
+        other = NF4Weight(q.packed, moved(q.scales), nested, q.shape, q.dtype)
+        assert_same_bits(other.absmax, q.absmax, "absmax")
+        assert_same_bits(other.dequantize(), q.dequantize(), "dequantize")
+        assert NF4Weight.from_bitsandbytes(other.to_bitsandbytes()) == q
+
+
 @pytest.mark.parametrize("op", ["nf4_quantize", "nf4_dequantize", "nf4_decode_absmax"])
 def test_opcheck(op):
     q, plain = quantize_nf4(randn(5, 123)), quantize_nf4(randn(5, 123), double_quant=False)
@@ -268,6 +283,12 @@ def test_dequantising_refuses():
             torch.zeros(4, dtype=torch.uint8),
             ValueError,
             r"nested of shape \(8,\)",
+        ),
+        (
+            torch.zeros(7, dtype=torch.uint8),
+            torch.zeros(8, dtype=torch.uint8, device="meta"),
+            RuntimeError,
+            r"expected nested on cpu, got meta",
         ),
     ],
 )

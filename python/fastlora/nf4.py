@@ -147,6 +147,7 @@ class NF4Weight:
 
         Double-quantised scales are kept as they are, unless the file uses another 8-bit map or another second
         block size than 256: then the absmax values are decoded to float32, which loses nothing.
+        The result shares memory with `tensors` where the bytes are the same.
 
         Raises:
             ValueError: FP4 codes; missing tensors or wrong sizes (all are listed); unreadable metadata.

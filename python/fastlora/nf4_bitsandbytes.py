@@ -141,16 +141,19 @@ def read(
     if scale2 is None or map2 is None:
         return packed, codes.float().contiguous().view(torch.uint8), None, *common
     second = torch.cat((scale2.new_tensor([offset], dtype=torch.float32), scale2.float()))
-    own_map = ops.nf4_dynamic_map().to(map2.device)
-    if (
-        nested_blocksize == ops.NESTED_BLOCKSIZE
-        and map2.dtype == torch.float32
-        and torch.equal(map2, own_map)
-    ):
+    same_blocks = nested_blocksize == ops.NESTED_BLOCKSIZE and map2.dtype == torch.float32
+    if same_blocks and _same_map(map2, ops.nf4_dynamic_map()):
         return packed, codes.contiguous(), second.view(torch.uint8), *common
+    # Another second level than ours: decode it, in the two float32 roundings that bitsandbytes makes.
     scale_of_block = second[1:].repeat_interleave(nested_blocksize)[: codes.numel()]
     absmax = map2.float()[codes.int()] * scale_of_block + second[0]
     return packed, absmax.view(torch.uint8), None, *common
+
+
+def _as_float32(stored: Tensor) -> Tensor:
+    """The bytes of float32 values as those; a copy where they do not lie on a boundary of 4."""
+    stored = stored.contiguous()
+    return (stored.clone() if stored.storage_offset() % 4 else stored).view(torch.float32)
 
 
 def write(weight: NF4Weight, prefix: str) -> dict[str, Tensor]:
@@ -169,9 +172,9 @@ def write(weight: NF4Weight, prefix: str) -> dict[str, Tensor]:
     }
     out = {key: packed.reshape(-1, 1)}
     if weight.nested is None:
-        out[f"{key}.absmax"] = weight.scales.contiguous().view(torch.float32)
+        out[f"{key}.absmax"] = _as_float32(weight.scales)
     else:
-        second = weight.nested.contiguous().view(torch.float32)
+        second = _as_float32(weight.nested)
         out[f"{key}.absmax"] = weight.scales
         state |= {
             "nested_blocksize": ops.NESTED_BLOCKSIZE,
