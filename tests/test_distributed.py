@@ -1,0 +1,91 @@
+"""QLinear under FSDP2 and DDP: two gloo processes on this machine."""
+
+import copy
+
+import pytest
+import torch
+from tolerances import relative_error
+from torch import distributed, nn
+
+import fastlora
+
+pytestmark = pytest.mark.skipif(
+    not distributed.is_gloo_available(), reason="this torch was built without gloo"
+)
+WORLD = 2
+
+
+def model():
+    torch.manual_seed(0)
+    # Odd sizes: rows that do not divide evenly among the ranks.
+    model = nn.Sequential(fastlora.QLinear(70, 49, rank=4), nn.ReLU(), fastlora.QLinear(49, 33, rank=4))
+    for layer in (model[0], model[2]):
+        nn.init.normal_(layer.lora_B, std=0.3)
+    return model
+
+
+def loss(model, x):
+    return model(x).float().square().mean()
+
+
+def whole(t):
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def worker(rank, path):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD)
+    try:
+        fsdp(rank)
+        ddp(rank)
+    finally:
+        distributed.destroy_process_group()
+
+
+def fsdp(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    x = torch.randn(6, 70, generator=torch.Generator().manual_seed(rank))
+    reference = model()
+    for other in range(WORLD):
+        loss(reference, torch.randn(6, 70, generator=torch.Generator().manual_seed(other))).div(
+            WORLD
+        ).backward()
+    mesh = init_device_mesh("cpu", (WORLD,))
+    for policy, tolerance in (
+        (MixedPrecisionPolicy(), 1e-6),
+        (MixedPrecisionPolicy(param_dtype=torch.bfloat16), 1e-2),
+    ):
+        sharded = model()
+        for module in (sharded[0], sharded[2], sharded):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        loss(sharded, x).backward()
+        for (name, got), want in zip(sharded.named_parameters(), reference.parameters(), strict=True):
+            if want.dtype == torch.uint8:
+                assert type(got).__name__ == "DTensor", name
+                assert got.to_local().shape[0] <= -(-want.shape[0] // WORLD), name
+                assert torch.equal(whole(got), want), name
+            else:
+                error = relative_error(whole(got.grad), want.grad)
+                assert error < tolerance, f"{policy}: {name} is off by {error:.2g}"
+
+
+def ddp(rank):
+    plain, inputs = (
+        model(),
+        [torch.randn(6, 70, generator=torch.Generator().manual_seed(r)) for r in range(WORLD)],
+    )
+    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
+    loss(wrapped, inputs[rank]).backward()
+    for x in inputs:
+        loss(plain, x).div(WORLD).backward()
+    for got, want in zip(wrapped.parameters(), plain.parameters(), strict=True):
+        assert (got.grad is None) == (want.grad is None)
+        if want.grad is not None:
+            torch.testing.assert_close(got.grad, want.grad)
+
+
+def test_two_processes_get_the_gradients_of_one(tmp_path):
+    """Sharded (FSDP2, in float32 and in mixed precision) and replicated (DDP)."""
+    torch.multiprocessing.spawn(worker, args=(tmp_path / "rendezvous",), nprocs=WORLD)
