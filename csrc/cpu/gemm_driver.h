@@ -28,6 +28,7 @@ namespace {
 
 constexpr int64_t kPanel = 16;        // columns of a panel, items of a block
 constexpr int64_t kTileBytes = 1024;  // 16 items x 16 columns x 4 bytes
+constexpr int64_t kRowsAhead = 16;    // rows of W asked for ahead of their use where a fill walks down them
 constexpr int64_t kAbsmaxSlack = 16;  // floats readable past the last absmax of a row
 
 // A dense stand-in for W: (n, k) row-major, multiplied by `scale` on the way in (lora_a, or s * lora_b).
@@ -151,25 +152,24 @@ struct Gemm {
                           int64_t panels, uint8_t* out) {
     const int64_t row_bytes = ceil_div(w.k, 2);
     const int shift = __builtin_ctzll(static_cast<uint64_t>(w.blocksize));
+    const int64_t last_column = min64(k0 + kRun, w.k) - 1;
+    const int64_t scale_bytes = w.scales.nested == nullptr ? 4 : 1;
     float absmax[2][kRun / kMinBlocksize + 2 + kAbsmaxSlack];
+    typename L::Run runs[2];
     uint8_t* to[kRunPanels];
-    PanelPlace places[kRunPanels];
-    for (int64_t p = 0; p < panels; ++p) places[p] = panel_place(p, panels, blocks);
+    for (int64_t p = 0; p < panels; ++p) to[p] = out + panel_place(p, panels, blocks).offset;
     for (int64_t t = 0; t < blocks * 16; ++t) {
-      for (int64_t p = 0; p < panels; ++p) {
-        to[p] = out + places[p].offset + t / 16 * places[p].block_stride + t % 16 * 64;
-      }
-      typename L::Run runs[2];
       for (int64_t e = 0; e < kPerItem; ++e) {
         const int64_t row = row0 + t * kPerItem + e;
-        prefetch(w, (row + 16) * row_bytes + k0 / 2);
         if (row >= w.n) {  // past the last row: codes and scales of zero
           for (float& a : absmax[e]) a = 0.0f;
           runs[e] = {.bytes = w.packed, .count = 0, .absmax = absmax[e], .phase = 0, .shift = shift};
           continue;
         }
-        const int64_t flat = row * w.k + k0, first = flat >> shift;
-        const int64_t last = (row * w.k + min64(k0 + kRun, w.k) - 1) >> shift;
+        const int64_t flat = row * w.k + k0, first = flat >> shift, last = (row * w.k + last_column) >> shift;
+        prefetch(w, (row + kRowsAhead) * row_bytes + k0 / 2);
+        __builtin_prefetch(w.scales.codes +
+                           min64(first + kRowsAhead * (w.k >> shift), (w.n * w.k - 1) >> shift) * scale_bytes);
         for (int64_t b = first; b <= last; ++b) absmax[e][b - first] = block_absmax(w.scales, map, b);
         absmax[e][last - first + 1] = 0.0f;  // columns past the last one look here or further: any finite value
         runs[e] = {.bytes = w.packed + row * row_bytes + k0 / 2,
@@ -182,6 +182,11 @@ struct Gemm {
         L::dequantize_run(runs[0], to);
       } else {
         L::dequantize_pair(runs[0], runs[1], to);
+      }
+      if (t % 16 != 15) {
+        for (int64_t p = 0; p < panels; ++p) to[p] += 64;
+      } else {
+        for (int64_t p = 0; p < panels; ++p) to[p] += panel_place(p, panels, blocks).block_stride - 15 * 64;
       }
     }
   }

@@ -95,8 +95,27 @@ struct Bf16Level {
       }
       return;
     }
-    const __m512 scales = _mm512_loadu_ps(run.absmax);  // at most 5 of them are used
     const __m128i shift = _mm_cvtsi32_si128(run.shift);
+    if (run.phase % 4 == 0 && (run.phase + 127) >> run.shift < 4) {
+      // Up to four blocks, their borders between words: a table of 64 words, bits 4 and 5 name the block.
+      __m512 scaled[4];
+      for (int b = 0; b < 4; ++b) scaled[b] = _mm512_mul_ps(codes, _mm512_set1_ps(run.absmax[b]));
+      const __m512i table01 = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scaled[1], scaled[0]));
+      const __m512i table23 = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scaled[3], scaled[2]));
+      alignas(64) static constexpr uint16_t kWordColumns[32] = {0,  4,  8,  12,  16,  20,  24,  28,  32,  36, 40,
+                                                                44, 48, 52, 56,  60,  64,  68,  72,  76,  80, 84,
+                                                                88, 92, 96, 100, 104, 108, 112, 116, 120, 124};
+      const __m512i place =
+          _mm512_add_epi16(_mm512_load_si512(kWordColumns), _mm512_set1_epi16(static_cast<int16_t>(run.phase)));
+      const __m512i block = _mm512_slli_epi16(_mm512_srl_epi16(place, shift), 4);
+      const __m512i low = _mm512_set1_epi16(0x0f);
+      for (int c = 0; c < 4; ++c) {
+        const __m512i index = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4 * c), low, block, 0xea);
+        values[c] = _mm512_permutex2var_epi16(table01, index, table23);
+      }
+      return;
+    }
+    const __m512 scales = _mm512_loadu_ps(run.absmax);  // at most 5 of them are used
     const __m512i lane4 = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60);
     for (int c = 0; c < 4; ++c) {
       const __m512i index = _mm512_srli_epi16(words, 4 * c);

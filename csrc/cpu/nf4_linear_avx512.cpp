@@ -79,9 +79,13 @@ struct Avx512Float {
     }
     const __m512 scales = _mm512_loadu_ps(run.absmax);  // at most 5 of them are used
     const __m128i shift = _mm_cvtsi32_si128(run.shift);
+    const bool whole_lanes = run.phase % 8 == 0;  // no block ends inside a lane's eight columns
+    __m512 scale = _mm512_setzero_ps();
     for (int c = 0; c < 8; ++c) {
-      const __m512i place = _mm512_add_epi32(lane8, _mm512_set1_epi32(run.phase + (c ^ 1)));
-      const __m512 scale = _mm512_permutexvar_ps(_mm512_srl_epi32(place, shift), scales);
+      if (c == 0 || !whole_lanes) {
+        const __m512i place = _mm512_add_epi32(lane8, _mm512_set1_epi32(run.phase + (whole_lanes ? 0 : c ^ 1)));
+        scale = _mm512_permutexvar_ps(_mm512_srl_epi32(place, shift), scales);
+      }
       const __m512 value = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * c), codes);
       _mm512_store_ps(out[c], _mm512_mul_ps(value, scale));
     }

@@ -5,12 +5,12 @@ namespace fastlora::cpu {
 namespace {
 
 struct Avx512Bf16 : Bf16Level {
-  static constexpr int64_t kGroup = 3;        // 8 rows x 3 panels: 24 accumulators
-  static constexpr int64_t kStripBlocks = 8;  // 256 columns: a strip of 16 KiB
-  static constexpr int64_t kPanelBlocks = 4;  // 128 rows of W: 32 KiB of panels, 12 KiB a group
-  static constexpr int64_t kForwardRows = 96;  // with k up to 4096 in one packed block
+  static constexpr int64_t kGroup = 3;         // 8 rows x 3 panels: 24 accumulators
+  static constexpr int64_t kStripBlocks = 8;   // 256 columns: a strip of 16 KiB
+  static constexpr int64_t kPanelBlocks = 4;   // 128 rows of W: 32 KiB of panels, 12 KiB a group
+  static constexpr int64_t kForwardRows = 96;  // with k up to 4608 in one packed block
   static constexpr int64_t kBackwardRows = 128;
-  static constexpr int64_t kPackedBytes = 768 << 10;
+  static constexpr int64_t kPackedBytes = 864 << 10;
 
   template <int kRows, int kPanels>
   static void micro(const uint8_t* strip, const uint8_t* panels, int64_t blocks, float* c, int64_t ldc,

@@ -231,14 +231,14 @@ void float_pass(const Job& job, const Row* rows, int64_t n0, __m512 (&sums)[kOut
         const __m512 absmax = _mm512_loadu_ps(scales[o] + ((flat >> shift) - first[o]));  // at most 5 are used
         const __m512i words = _mm512_maskz_loadu_epi8(mask64(bytes_per_row - run * 64),
                                                       w.packed + (n0 + o) * bytes_per_row + run * 64);
-        const bool aligned = job.blocks_aligned;
+        const bool whole_lanes = phase % 8 == 0;  // no block ends inside a lane's eight columns
         __m512 scale = _mm512_setzero_ps();
-        if (aligned) {
+        if (whole_lanes) {
           scale = _mm512_permutexvar_ps(
               _mm512_srl_epi32(_mm512_add_epi32(lane8, _mm512_set1_epi32(phase)), shift_by), absmax);
         }
         for (int c = 0; c < 8; ++c) {
-          if (!aligned) {
+          if (!whole_lanes) {
             const __m512i place = _mm512_add_epi32(lane8, _mm512_set1_epi32(phase + (c ^ 1)));
             scale = _mm512_permutexvar_ps(_mm512_srl_epi32(place, shift_by), absmax);
           }
