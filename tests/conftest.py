@@ -7,10 +7,23 @@ from fastlora import ops
 
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
 
+# The levels with a quantise and a dequantise of their own; the higher ones take avx512's.
+FORMAT_LEVELS = LEVELS[:3]
+
 
 @pytest.fixture(params=LEVELS)
 def isa(request):
     """Each instruction-set level in turn, forced for the length of the test."""
+    yield from _forced(request)
+
+
+@pytest.fixture(params=FORMAT_LEVELS)
+def format_isa(request):
+    """The same, over the levels that differ in the format's kernels."""
+    yield from _forced(request)
+
+
+def _forced(request):
     if request.param not in ops.available_isas():
         pytest.skip(f"this machine cannot run level {request.param}")
     with ops.use_isa(request.param):
