@@ -400,7 +400,8 @@ def _run_linear(
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     scaling: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
+    """(y, u), u None at rank 0."""
     n, k, r = _check_linear(op, x, packed, scales, nested, blocksize, bias, lora_a, lora_b)
     # Contiguous copies are bound to names so that they outlive the call: an address keeps nothing alive.
     x, packed, scales = x.contiguous(), packed.contiguous(), scales.contiguous()
@@ -413,10 +414,10 @@ def _run_linear(
     y = torch.empty(
         *lead, n, dtype=x.dtype
     )  # sizes as separate arguments: parsed in half the time of a tuple
-    u = torch.empty(*lead, r, dtype=x.dtype)
+    u = torch.empty(*lead, r, dtype=x.dtype) if r else None
     status = _C.nf4_linear(
         x.data_ptr(), packed.data_ptr(), scales.data_ptr(), _ptr(nested), _ptr(bias), _ptr(lora_a),
-        _ptr(lora_b), u.data_ptr(), y.data_ptr(), m, n, k, r, blocksize, scaling, _DTYPE_CODE[x.dtype],
+        _ptr(lora_b), _ptr(u), y.data_ptr(), m, n, k, r, blocksize, scaling, _DTYPE_CODE[x.dtype],
         _DTYPE_CODE[x.dtype if lora_a is None else lora_a.dtype], torch.get_num_threads(), _isa,
     )  # fmt: skip
     if status:
@@ -471,7 +472,8 @@ def _nf4_linear_with_u_cpu(
     lora_b: Tensor | None,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    return _run_linear("nf4_linear", x, packed, scales, nested, blocksize, bias, lora_a, lora_b, scaling)
+    y, u = _run_linear("nf4_linear", x, packed, scales, nested, blocksize, bias, lora_a, lora_b, scaling)
+    return y, x.new_empty((*x.shape[:-1], 0)) if u is None else u
 
 
 def _nf4_linear_with_u_fake(
