@@ -1,0 +1,63 @@
+"""What a result was measured on."""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import fastlora
+
+
+def processor() -> str:
+    """The processor's own name, as Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        fields = dict(
+            re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        )
+        if "model name" in fields:
+            return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"
+    return platform.processor() or platform.machine()
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def default_name() -> str:
+    """For the result files: the processor and the threads used, e.g. amd-epyc-2-threads."""
+    name = re.sub(r"\(.*?\)|@.*|CPU|Processor", " ", processor())
+    return slug(f"{name} {torch.get_num_threads()} threads")
+
+
+def commit() -> str:
+    """The commit that was measured, with -dirty if the tree differs from it ("unknown" outside git)."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    return done.stdout.strip() or "unknown"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def describe() -> dict[str, str]:
+    """One line each of the results' header."""
+    return {
+        "machine": processor(),
+        "threads": str(torch.get_num_threads()),
+        "level": fastlora.current_isa(),
+        "fastlora": f"{fastlora.__version__} at {commit()}",
+        "torch": torch.__version__,
+        "bitsandbytes": _version("bitsandbytes"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()}",
+    }
