@@ -1,0 +1,76 @@
+"""What must agree between files that no compiler compares."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import fastlora
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def pinned() -> dict[str, str]:
+    lines = re.findall(
+        r"^([\w.-]+)==([\w.]+)(?:; python_version >= .*)?$", text_of("constraints.txt"), re.MULTILINE
+    )
+    return dict(lines)
+
+
+def test_every_kernel_source_is_built() -> None:
+    listed = set(re.findall(r"csrc/[\w/]+\.cpp", text_of("CMakeLists.txt")))
+    there = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp")}
+    assert listed == there
+
+
+def test_the_map_names_every_source_and_nothing_else() -> None:
+    named = set(re.findall(r"`((?:cpu|include)/[\w/]+\.(?:cpp|h)|bindings\.cpp)`", text_of("csrc/README.md")))
+    csrc = ROOT / "csrc"
+    there = {str(p.relative_to(csrc)) for folder in ("cpu", "include") for p in (csrc / folder).rglob("*.*")}
+    assert named == there | {"bindings.cpp"}
+
+
+def test_every_op_is_on_the_map() -> None:
+    ops = set(re.findall(r'm\.def\("(nf4_\w+|lora_\w+)"', text_of("csrc/bindings.cpp"))) - {
+        "nf4_double_quantize"
+    }
+    missing = [op for op in ops if f"`{op}`" not in text_of("csrc/README.md")]
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
+)
+def test_links_lead_somewhere(name: str) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", text_of(name)):
+        if not target.startswith("http"):
+            assert ((ROOT / name).parent / target).exists(), target
+
+
+def test_one_version_everywhere() -> None:
+    version = re.search(r'^version = "(.+)"$', text_of("pyproject.toml"), re.MULTILINE)
+    cmake = re.search(r"^ *VERSION ([\d.]+)$", text_of("CMakeLists.txt"), re.MULTILINE)
+    assert version is not None
+    assert cmake is not None
+    assert version[1] == cmake[1] == fastlora.__version__
+    assert f"({version[1]})" in text_of("CHANGELOG.md")
+
+
+def test_pins_agree() -> None:
+    pins = pinned()
+    assert f"torch=={pins['torch']}" in text_of("Makefile")
+    hooks = re.findall(r"\[(ruff|clang-format)==([\w.]+)\]", text_of(".pre-commit-config.yaml"))
+    assert hooks
+    assert {(name, pins[name]) for name, _ in hooks} == set(hooks)
+    assert f"bitsandbytes=={pins['bitsandbytes']}" in text_of("pyproject.toml")
+
+
+def test_the_type_stub_matches_the_module() -> None:
+    stub = set(re.findall(r"^def (\w+)", text_of("python/fastlora/_C.pyi"), re.MULTILINE))
+    assert stub == set(re.findall(r'm\.def\("(\w+)"', text_of("csrc/bindings.cpp")))
