@@ -29,9 +29,9 @@ $(VENV)/.tools: constraints.txt
 	$(BIN)/python -m pip install --quiet torch==2.13.0 scikit-build-core pybind11 cmake ninja
 	@touch $@
 
-# Editable: Python sources are read from python/, the module _C is built in build/ and lives in the venv.
+# Editable: Python sources are read from python/, the module _C is built in build/venv and lives in the venv.
 $(VENV)/.package: $(VENV)/.tools $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[test,demo,bench,lint]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --config-settings=build-dir=build/venv --editable '.[test,demo,bench,lint]'
 	@touch $@
 
 venv: $(VENV)/.package ## create .venv, install the tested versions, build the package
