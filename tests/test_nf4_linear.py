@@ -216,6 +216,19 @@ def test_leading_dimensions_and_strides(dtype: torch.dtype) -> None:
     assert torch.equal(got, y)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_no_columns(isa: str, dtype: torch.dtype, rank: int) -> None:
+    """A contraction of length 0: y is the bias, u is 0."""
+    empty = torch.empty(0, dtype=torch.uint8)
+    bias = torch.arange(5).to(dtype)
+    adapters = (None, None) if rank == 0 else (torch.empty(rank, 0), torch.ones(5, rank))
+    args = (torch.empty(3, 0, dtype=dtype), torch.empty(5, 0, dtype=torch.uint8), empty, None, 64, bias)
+    y, u = op.nf4_linear_with_u(*args, *adapters, 1.0)
+    assert torch.equal(y, bias.expand(3, 5))
+    assert torch.equal(u, torch.zeros(3, rank, dtype=dtype))
+
+
 @pytest.mark.parametrize("shape", [(0, 70), (3, 0, 70)], ids=str)
 def test_no_rows(isa: str, shape: tuple[int, ...]) -> None:
     inputs = make_inputs(Case(1, 33, 70, 4, 64, torch.bfloat16), seed=29)

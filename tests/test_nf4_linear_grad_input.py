@@ -149,6 +149,18 @@ def test_leading_dimensions_and_strides(dtype: torch.dtype) -> None:
     assert empty.shape == (0, 70)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_no_outputs(isa: str, dtype: torch.dtype, rank: int) -> None:
+    """A contraction of length 0: dx and v are 0."""
+    empty = torch.empty(0, dtype=torch.uint8)
+    adapters = (None, None) if rank == 0 else (torch.ones(rank, 70), torch.empty(0, rank))
+    weight = (torch.empty(0, 35, dtype=torch.uint8), empty, None, 70, 64)
+    dx, v = op.nf4_linear_grad_input(torch.empty(3, 0, dtype=dtype), *weight, *adapters, 1.0)
+    assert torch.equal(dx, torch.zeros(3, 70, dtype=dtype))
+    assert torch.equal(v, torch.zeros(3, rank, dtype=dtype))
+
+
 def test_adjoint_of_nf4_linear(isa: str) -> None:
     """<dy, f(x)> = <f'(dy), x> for the linear map of the forward op, in float32."""
     inputs = make_inputs(Case(9, 77, 133, 5, 64, torch.float32, bias=False, scaling=2.0), seed=29)

@@ -331,7 +331,7 @@ void second_phase(void* context, int64_t begin, int64_t end) {
 Status nf4_linear_decode_avx512(const Nf4LinearArgs& a) {
   constexpr int64_t kScratchBytes = 4 << 20;
   const int64_t runs = ceil_div(a.weight.k, kRun), r_pad = round_up(a.r, 16);
-  const int64_t row_bytes = round_up(runs * kRun * 4 + r_pad * 4, 64);
+  const int64_t row_bytes = max64(64, round_up(runs * kRun * 4 + r_pad * 4, 64));
   const int64_t most = max64(1, min64(kMaxRows, kScratchBytes / row_bytes));
   for (int64_t row0 = 0; row0 < a.m; row0 += most) {
     const int rows = static_cast<int>(min64(most, a.m - row0));

@@ -11,7 +11,7 @@
 
 namespace fastlora::cpu {
 
-static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline constexpr int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

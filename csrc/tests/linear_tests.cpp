@@ -286,6 +286,7 @@ constexpr Case kDirected[] = {
     {33, 515, 96, 64, 4096, DType::kBFloat16, DType::kBFloat16, false, false, false, 2.0f, Place::kOddHeap},
     {1, 1, 8200, 1, 256, DType::kBFloat16, DType::kFloat32, true, true, false, 1.0f, Place::kBeforeGuard},
     {3, 4, 0, 2, 64, DType::kFloat32, DType::kFloat32, false, true, false, 1.0f, Place::kHeap},
+    {1, 4, 0, 0, 64, DType::kBFloat16, DType::kFloat32, false, true, false, 1.0f, Place::kHeap},
     {3, 0, 5, 2, 64, DType::kBFloat16, DType::kBFloat16, true, false, false, 1.0f, Place::kHeap},
     {4, 3, 70, 200, 64, DType::kBFloat16, DType::kFloat16, true, true, false, 1.0f, Place::kBeforeGuard},
 };

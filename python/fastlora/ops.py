@@ -414,7 +414,8 @@ def _run_linear(
     y = torch.empty(
         *lead, n, dtype=x.dtype
     )  # sizes as separate arguments: parsed in half the time of a tuple
-    u = torch.empty(*lead, r, dtype=x.dtype) if r else None
+    # An empty lora_a has no address, and the kernel would take u for an input: have it be zeros.
+    u = (torch.empty if k else torch.zeros)(*lead, r, dtype=x.dtype) if r else None
     status = _C.nf4_linear(
         x.data_ptr(), packed.data_ptr(), scales.data_ptr(), _ptr(nested), _ptr(bias), _ptr(lora_a),
         _ptr(lora_b), _ptr(u), y.data_ptr(), m, n, k, r, blocksize, scaling, _DTYPE_CODE[x.dtype],

@@ -1,0 +1,452 @@
+// A few rows of x against packed weights with AVX2: one pass over the bytes of W, nothing dequantised to memory,
+// the low-rank term and the bias added to the same accumulators. The twin of nf4_linear_decode_avx512.cpp.
+//
+// A run is 64 columns: 32 packed bytes, one register. The 16-entry tables are looked up with vpshufb a byte plane
+// at a time, even columns (high nibbles) and odd ones apart, and the planes are interleaved to whole values.
+//
+// Integer route (16-bit x, whole 64-column blocks): codes are 14-bit integers round(8191 * code), two planes; x is
+// split once into 16-bit integers with one scale a run; vpmaddwd multiplies them into exact int32. Per 64 weights:
+// 4 look-ups, 4 interleaves, and a row of x costs 4 products, 3 sums, one conversion and one FMA with
+// absmax * xscale. Rounding x and the codes costs 8e-5 of relative error; rounding W to bfloat16 costs 1.7e-3.
+//
+// Float route (float32 x, ragged shapes, rows of x that hold NaN, Inf or magnitudes an integer scale cannot
+// carry): four planes, code * absmax in float32, the dequantised weight itself, and FMA.
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "numeric.h"
+#include "parallel.h"
+
+namespace fastlora::cpu {
+namespace {
+
+constexpr int kMaxRows = 8;
+constexpr int64_t kRun = 64;               // columns of 32 packed bytes
+constexpr int kGroup = 8;                  // rows of W that go over a chunk of columns together
+constexpr int64_t kChunkBytes = 16 << 10;  // of split x in such a chunk: half of L1
+constexpr int64_t kMostRuns = 64;          // of a chunk
+constexpr int64_t kMostScales = kMostRuns * kRun / kMinBlocksize + 8;
+constexpr float kXMax = 32767.0f;     // as fine as int32 allows: a lane sums 8 products, and
+constexpr float kCodeUnit = 8191.0f;  // 8 * 8191 * 32767 < 2^31
+constexpr float kTiniest = 1e-28f;    // below, scales come near float32's subnormals
+
+struct Row {
+  const int16_t* integers;  // [run][4 vectors][16], the integer route
+  const float* scales;      // [run]
+  const float* floats;      // [run][8 vectors][8], the float route
+  const float* low_rank;    // [r_pad]: scaling * u
+  int64_t index;            // row of y
+};
+
+struct Job {
+  const Nf4LinearArgs& a;
+  int64_t row0;  // rows [row0, row0 + rows) of x are this job's
+  int rows;
+  int64_t runs, r_pad;
+  bool blocks_aligned;  // every run of W has one absmax
+  uint8_t* scratch;
+  int64_t row_bytes;  // of scratch, a row of x
+  bool integer_row[kMaxRows];
+
+  float* floats(int i) const { return reinterpret_cast<float*>(scratch + i * row_bytes); }
+  int16_t* integers(int i) const { return reinterpret_cast<int16_t*>(scratch + i * row_bytes); }
+  float* scales(int i) const { return reinterpret_cast<float*>(integers(i) + runs * kRun); }
+  float* low_rank(int i) const { return reinterpret_cast<float*>(scratch + i * row_bytes + runs * kRun * 4); }
+};
+
+inline __m256 load8(const void* p, DType dtype) {
+  if (dtype == DType::kFloat32) return _mm256_loadu_ps(static_cast<const float*>(p));
+  const __m128i h = _mm_loadu_si128(static_cast<const __m128i*>(p));
+  if (dtype == DType::kFloat16) return _mm256_cvtph_ps(h);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+
+// Elements [first, first + 8) of `count`, zeros past the end; never reads past it.
+inline __m256 load8_of(const void* p, int64_t first, int64_t count, DType dtype) {
+  if (first + 8 <= count) return load8(element_ptr(p, first, dtype), dtype);
+  alignas(32) float some[8] = {};
+  for (int64_t i = first; i < count; ++i) some[i - first] = load_as_float(p, i, dtype);
+  return _mm256_load_ps(some);
+}
+
+inline float sum8(__m256 v) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+// ---- splitting x ------------------------------------------------------------------------------------------
+
+// The interleaves work within 128-bit lanes, so the low lane of every vector holds columns 0-31 of the run and
+// the high lane columns 32-63. Eight floats: vector v (+ 4) holds the even (odd) columns of 8v .. 8v + 7 and of
+// 32 + 8v .. 32 + 8v + 7. Sixteen words: vector v (+ 2) those of 16v .. 16v + 15 and of 32 + 16v .. 32 + 16v + 15.
+
+inline void columns_of_floats(const __m256 (&natural)[8], __m256 (&out)[8]) {
+  for (int v = 0; v < 4; ++v) {
+    const __m256 first = _mm256_permute2f128_ps(natural[v], natural[v + 4], 0x20);
+    const __m256 second = _mm256_permute2f128_ps(natural[v], natural[v + 4], 0x31);
+    out[v] = _mm256_shuffle_ps(first, second, 0x88);
+    out[v + 4] = _mm256_shuffle_ps(first, second, 0xdd);
+  }
+}
+
+inline void load_run(const Job& job, int i, int64_t run, __m256 (&out)[8]) {
+  const int64_t k = job.a.weight.k;
+  const void* row = element_ptr(job.a.x, (job.row0 + i) * k, job.a.dtype);
+  __m256 natural[8];
+  for (int v = 0; v < 8; ++v) natural[v] = load8_of(row, run * kRun + v * 8, k, job.a.dtype);
+  columns_of_floats(natural, out);
+}
+
+bool split_integers(const Job& job, int i) {
+  int16_t* out = job.integers(i);
+  float* scales = job.scales(i);
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  for (int64_t run = 0; run < job.runs; ++run) {
+    __m256 f[8];
+    load_run(job, i, run, f);
+    __m256 top = _mm256_setzero_ps(), odd = _mm256_setzero_ps();
+    for (int v = 0; v < 8; ++v) {
+      top = _mm256_max_ps(top, _mm256_and_ps(f[v], magnitude));
+      odd = _mm256_or_ps(odd, _mm256_sub_ps(f[v], f[v]));  // 0 unless NaN or Inf, which max may drop
+    }
+    if (_mm256_movemask_ps(_mm256_cmp_ps(odd, odd, _CMP_UNORD_Q)) != 0) return false;
+    __m128 most = _mm_max_ps(_mm256_castps256_ps128(top), _mm256_extractf128_ps(top, 1));
+    most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+    const float largest = _mm_cvtss_f32(_mm_max_ss(most, _mm_shuffle_ps(most, most, 1)));
+    if (largest != 0.0f && largest < kTiniest) return false;
+    const __m256 inverse = _mm256_set1_ps(largest == 0.0f ? 0.0f : kXMax / largest);
+    scales[run] = largest / (kXMax * kCodeUnit);
+    for (int v = 0; v < 4; ++v) {
+      const __m256i low = _mm256_cvtps_epi32(_mm256_mul_ps(f[2 * v], inverse));
+      const __m256i high = _mm256_cvtps_epi32(_mm256_mul_ps(f[2 * v + 1], inverse));
+      _mm256_store_si256(reinterpret_cast<__m256i*>(out + run * kRun + v * 16), _mm256_packs_epi32(low, high));
+    }
+  }
+  return true;
+}
+
+void split_floats(const Job& job, int i) {
+  float* out = job.floats(i);
+  for (int64_t run = 0; run < job.runs; ++run) {
+    __m256 f[8];
+    load_run(job, i, run, f);
+    for (int v = 0; v < 8; ++v) _mm256_store_ps(out + run * kRun + v * 8, f[v]);
+  }
+}
+
+void split_row(Job& job, int i) {
+  job.integer_row[i] = job.a.dtype != DType::kFloat32 && job.blocks_aligned && split_integers(job, i);
+  if (!job.integer_row[i]) split_floats(job, i);
+}
+
+// ---- u = x·Aᵀ, one rank for every row of x ----------------------------------------------------------------
+
+void rank_column(const Job& job, int64_t q) {
+  const Nf4LinearArgs& a = job.a;
+  const int64_t k = a.weight.k;
+  const void* row = element_ptr(a.lora_a, q * k, a.lora_dtype);
+  __m256 sums[kMaxRows][2];
+  for (int i = 0; i < job.rows; ++i) sums[i][0] = sums[i][1] = _mm256_setzero_ps();
+  for (int64_t column = 0; column < k; column += 16) {
+    for (int h = 0; h < 2; ++h) {
+      const int64_t at = column + 8 * h;
+      if (at >= k) continue;
+      const __m256 w = load8_of(row, at, k, a.lora_dtype);
+      for (int i = 0; i < job.rows; ++i) {
+        const __m256 x = load8_of(element_ptr(a.x, (job.row0 + i) * k, a.dtype), at, k, a.dtype);
+        sums[i][h] = _mm256_fmadd_ps(w, x, sums[i][h]);
+      }
+    }
+  }
+  for (int i = 0; i < job.rows; ++i) {
+    store_from_float(a.u, (job.row0 + i) * a.r + q, a.dtype, sum8(_mm256_add_ps(sums[i][0], sums[i][1])));
+  }
+}
+
+// ---- the pass over W ----------------------------------------------------------------------------------------
+
+// A table of 16 values as byte planes, each in both 128-bit lanes.
+template <int kPlanes>
+struct Planes {
+  __m256i plane[kPlanes];
+
+  template <class T>
+  explicit Planes(const T (&values)[16]) {
+    static_assert(sizeof(T) == kPlanes);
+    for (int p = 0; p < kPlanes; ++p) {
+      alignas(16) uint8_t bytes[16];
+      for (int c = 0; c < 16; ++c) bytes[c] = reinterpret_cast<const uint8_t*>(values)[c * kPlanes + p];
+      plane[p] = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
+    }
+  }
+};
+
+// Scales of the blocks that columns [k0, k1) of `row` meet, and two zeros; the number of the first block.
+inline int64_t chunk_scales(const Nf4Weight& w, const float* map, int shift, int64_t row, int64_t k0, int64_t k1,
+                            float* out) {
+  const int64_t first = (row * w.k + k0) >> shift, last = (row * w.k + k1 - 1) >> shift;
+  const int64_t count = last - first + 1;
+  out[count] = out[count + 1] = 0.0f;
+  if (w.scales.nested == nullptr) {
+    std::memcpy(out, w.scales.codes + first * 4, static_cast<size_t>(count) * 4);
+    return first;
+  }
+  const float offset = load_unaligned<float>(w.scales.nested);
+  const uint8_t* codes = w.scales.codes + first;
+  for (int64_t b = 0; b < count;) {  // one second-level scale at a time
+    const int64_t group = (first + b) / kNestedBlocksize;
+    const int64_t stop = min64(count, (group + 1) * kNestedBlocksize - first);
+    const float scale = load_unaligned<float>(w.scales.nested + (1 + group) * 4);
+    for (; b < stop; ++b) out[b] = map[codes[b]] * scale + offset;
+  }
+  return first;
+}
+
+// 64 codes as 16-bit integers: even columns, then odd ones.
+inline void look_up(const Planes<2>& table, __m256i packed, __m256i (&out)[4]) {
+  const __m256i low4 = _mm256_set1_epi8(15);
+  const __m256i even = _mm256_and_si256(_mm256_srli_epi16(packed, 4), low4);
+  const __m256i odd = _mm256_and_si256(packed, low4);
+  const __m256i even0 = _mm256_shuffle_epi8(table.plane[0], even),
+                even1 = _mm256_shuffle_epi8(table.plane[1], even);
+  const __m256i odd0 = _mm256_shuffle_epi8(table.plane[0], odd), odd1 = _mm256_shuffle_epi8(table.plane[1], odd);
+  out[0] = _mm256_unpacklo_epi8(even0, even1);
+  out[1] = _mm256_unpackhi_epi8(even0, even1);
+  out[2] = _mm256_unpacklo_epi8(odd0, odd1);
+  out[3] = _mm256_unpackhi_epi8(odd0, odd1);
+}
+
+// 64 codes as float32: even columns, then odd ones.
+inline void look_up(const Planes<4>& table, __m256i packed, __m256 (&out)[8]) {
+  const __m256i low4 = _mm256_set1_epi8(15);
+  const __m256i index[2] = {_mm256_and_si256(_mm256_srli_epi16(packed, 4), low4), _mm256_and_si256(packed, low4)};
+  for (int h = 0; h < 2; ++h) {
+    __m256i byte[4];
+    for (int p = 0; p < 4; ++p) byte[p] = _mm256_shuffle_epi8(table.plane[p], index[h]);
+    const __m256i low[2] = {_mm256_unpacklo_epi8(byte[0], byte[1]), _mm256_unpackhi_epi8(byte[0], byte[1])};
+    const __m256i high[2] = {_mm256_unpacklo_epi8(byte[2], byte[3]), _mm256_unpackhi_epi8(byte[2], byte[3])};
+    for (int w = 0; w < 2; ++w) {
+      out[4 * h + 2 * w] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(low[w], high[w]));
+      out[4 * h + 2 * w + 1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(low[w], high[w]));
+    }
+  }
+}
+
+// Both passes add kGroup rows of W (or `count`, at the end) from `n0` on, against kIn rows of x, to `sums`. They
+// go over the columns in chunks whose x stays in L1 while the rows of the group go by, each asking for the bytes
+// that the next one will want.
+template <int kIn>
+void integer_pass(const Job& job, const Row* rows, int64_t n0, int count, __m256 (&sums)[kGroup][kIn]) {
+  constexpr int64_t kChunkRuns = min64(kMostRuns, kChunkBytes / (kIn * kRun * 2));
+  const Nf4Weight& w = job.a.weight;
+  const float* map = nf4_dynamic_map();
+  const int64_t bytes_per_row = w.k / 2;
+  const int shift = __builtin_ctzll(static_cast<uint64_t>(w.blocksize));
+  int16_t codes[16];
+  for (int c = 0; c < 16; ++c) {
+    const float scaled = kNf4Codes[c] * kCodeUnit;
+    codes[c] = static_cast<int16_t>(scaled < 0.0f ? scaled - 0.5f : scaled + 0.5f);
+  }
+  const Planes<2> table(codes);
+  alignas(32) float scales[kMostScales], products[kIn][kMostRuns];
+  for (int64_t chunk = 0; chunk < job.runs; chunk += kChunkRuns) {
+    const int64_t stop = min64(job.runs, chunk + kChunkRuns);
+    for (int o = 0; o < count; ++o) {
+      const int64_t flat_run = (n0 + o) * job.runs;  // runs before this row
+      const int64_t first = chunk_scales(w, map, shift, n0 + o, chunk * kRun, stop * kRun, scales);
+      if (shift > 6) {  // one for each run
+        for (int64_t run = stop - 1; run >= chunk; --run) {
+          scales[run - chunk] = scales[((flat_run + run) >> (shift - 6)) - first];
+        }
+      }
+      for (int64_t run = chunk; run < stop; run += 8) {
+        const __m256 absmax = _mm256_load_ps(scales + (run - chunk));
+        for (int i = 0; i < kIn; ++i) {
+          _mm256_store_ps(products[i] + (run - chunk),
+                          _mm256_mul_ps(absmax, _mm256_loadu_ps(rows[i].scales + run)));
+        }
+      }
+      const uint8_t* bytes = w.packed + (n0 + o) * bytes_per_row;
+      __m256 acc[kIn];
+      for (int i = 0; i < kIn; ++i) acc[i] = sums[o][i];
+      for (int64_t run = chunk; run < stop; ++run) {
+        _mm_prefetch(reinterpret_cast<const char*>(bytes + bytes_per_row + run * 32), _MM_HINT_T0);
+        __m256i values[4];
+        look_up(table, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + run * 32)), values);
+        for (int i = 0; i < kIn; ++i) {
+          const auto* x = reinterpret_cast<const __m256i*>(rows[i].integers + run * kRun);
+          __m256i dot[4];
+          for (int v = 0; v < 4; ++v) dot[v] = _mm256_madd_epi16(values[v], _mm256_load_si256(x + v));
+          const __m256i total =
+              _mm256_add_epi32(_mm256_add_epi32(dot[0], dot[1]), _mm256_add_epi32(dot[2], dot[3]));
+          const __m256 scale = _mm256_broadcast_ss(products[i] + (run - chunk));
+          acc[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), scale, acc[i]);
+        }
+      }
+      for (int i = 0; i < kIn; ++i) sums[o][i] = acc[i];
+    }
+  }
+}
+
+// The absmax of each of the eight columns of vector v of a run: `absmax` points at that of the run's first
+// column, which is the phase-th of its block. A run meets three blocks at most.
+inline __m256 column_scales(const float* absmax, int64_t phase, int64_t blocksize, int v) {
+  const __m256i column =
+      _mm256_add_epi32(_mm256_setr_epi32(0, 2, 4, 6, 32, 34, 36, 38), _mm256_set1_epi32(v % 4 * 8 + v / 4));
+  const __m256i last = _mm256_set1_epi32(static_cast<int32_t>(blocksize - phase - 1));  // of the first block
+  const __m256i third = _mm256_set1_epi32(static_cast<int32_t>(2 * blocksize - phase - 1));
+  __m256 scale = _mm256_blendv_ps(_mm256_broadcast_ss(absmax), _mm256_broadcast_ss(absmax + 1),
+                                  _mm256_castsi256_ps(_mm256_cmpgt_epi32(column, last)));
+  return _mm256_blendv_ps(scale, _mm256_broadcast_ss(absmax + 2),
+                          _mm256_castsi256_ps(_mm256_cmpgt_epi32(column, third)));
+}
+
+template <int kIn>
+void float_pass(const Job& job, const Row* rows, int64_t n0, int count, __m256 (&sums)[kGroup][kIn]) {
+  constexpr int64_t kChunkRuns = min64(kMostRuns, kChunkBytes / (kIn * kRun * 4));
+  const Nf4Weight& w = job.a.weight;
+  const float* map = nf4_dynamic_map();
+  const int64_t bytes_per_row = ceil_div(w.k, 2);
+  const int shift = __builtin_ctzll(static_cast<uint64_t>(w.blocksize));
+  const Planes<4> table(kNf4Codes);
+  alignas(32) float scales[kMostScales];
+  for (int64_t chunk = 0; chunk < job.runs; chunk += kChunkRuns) {
+    const int64_t stop = min64(job.runs, chunk + kChunkRuns);
+    for (int o = 0; o < count; ++o) {
+      const int64_t first = chunk_scales(w, map, shift, n0 + o, chunk * kRun, min64(w.k, stop * kRun), scales);
+      const uint8_t* bytes = w.packed + (n0 + o) * bytes_per_row;
+      __m256 acc[kIn];
+      for (int i = 0; i < kIn; ++i) acc[i] = sums[o][i];
+      for (int64_t run = chunk; run < stop; ++run) {
+        _mm_prefetch(reinterpret_cast<const char*>(bytes + bytes_per_row + run * 32), _MM_HINT_T0);
+        const int64_t flat = (n0 + o) * w.k + run * kRun, phase = flat & (w.blocksize - 1);
+        const float* absmax = scales + ((flat >> shift) - first);
+        const uint8_t* here = bytes + run * 32;
+        alignas(32) uint8_t tail[32] = {};
+        if (bytes_per_row - run * 32 < 32) {
+          std::memcpy(tail, here, static_cast<size_t>(bytes_per_row - run * 32));
+          here = tail;
+        }
+        __m256 values[8];
+        look_up(table, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(here)), values);
+        const bool one_block = phase + kRun <= w.blocksize;
+        for (int v = 0; v < 8; ++v) {
+          const __m256 scale =
+              one_block ? _mm256_broadcast_ss(absmax) : column_scales(absmax, phase, w.blocksize, v);
+          values[v] = _mm256_mul_ps(values[v], scale);
+        }
+        for (int i = 0; i < kIn; ++i) {
+          const float* x = rows[i].floats + run * kRun;
+          __m256 part[2];  // short chains: eight FMAs in a row on one register would wait for each other
+          for (int h = 0; h < 2; ++h) {
+            part[h] = _mm256_mul_ps(values[4 * h], _mm256_load_ps(x + h * 32));
+            for (int v = 1; v < 4; ++v) {
+              part[h] = _mm256_fmadd_ps(values[4 * h + v], _mm256_load_ps(x + h * 32 + v * 8), part[h]);
+            }
+          }
+          acc[i] = _mm256_add_ps(acc[i], _mm256_add_ps(part[0], part[1]));
+        }
+      }
+      for (int i = 0; i < kIn; ++i) sums[o][i] = acc[i];
+    }
+  }
+}
+
+// Rows of W [n0, n0 + count) against kIn rows of x.
+template <int kIn, bool kInteger>
+void group_outputs(const Job& job, const Row* rows, int64_t n0, int count) {
+  const Nf4LinearArgs& a = job.a;
+  __m256 sums[kGroup][kIn];
+  for (int o = 0; o < count; ++o) {
+    for (int i = 0; i < kIn; ++i) sums[o][i] = _mm256_setzero_ps();
+  }
+  if constexpr (kInteger) {
+    integer_pass<kIn>(job, rows, n0, count, sums);
+  } else {
+    float_pass<kIn>(job, rows, n0, count, sums);
+  }
+  for (int o = 0; o < count; ++o) {
+    const void* lora_b = a.r == 0 ? nullptr : element_ptr(a.lora_b, (n0 + o) * a.r, a.lora_dtype);
+    for (int64_t q = 0; q < a.r; q += 8) {
+      const __m256 b = load8_of(lora_b, q, a.r, a.lora_dtype);
+      for (int i = 0; i < kIn; ++i) {
+        sums[o][i] = _mm256_fmadd_ps(b, _mm256_load_ps(rows[i].low_rank + q), sums[o][i]);
+      }
+    }
+    const float bias = a.bias == nullptr ? 0.0f : load_as_float(a.bias, n0 + o, a.dtype);
+    for (int i = 0; i < kIn; ++i) {
+      store_from_float(a.y, rows[i].index * a.weight.n + n0 + o, a.dtype, sum8(sums[o][i]) + bias);
+    }
+  }
+}
+
+// Up to four rows of x at once: the accumulators and look-ups of more do not fit the 16 registers, and looking up
+// again the few kilobytes of W that a group has just brought to L1 is cheaper than spilling.
+template <bool kInteger>
+void outputs(const Job& job, const Row* rows, int count, int64_t n0, int group) {
+  for (int i = 0; i < count;) {
+    const int left = count - i, now = left > 4 && left < 8 ? (left + 1) / 2 : (left < 4 ? left : 4);
+    switch (now) {
+      case 1: group_outputs<1, kInteger>(job, rows + i, n0, group); break;
+      case 2: group_outputs<2, kInteger>(job, rows + i, n0, group); break;
+      case 3: group_outputs<3, kInteger>(job, rows + i, n0, group); break;
+      default: group_outputs<4, kInteger>(job, rows + i, n0, group); break;
+    }
+    i += now;
+  }
+}
+
+void first_phase(void* context, int64_t begin, int64_t end) {
+  Job& job = *static_cast<Job*>(context);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    if (unit < job.rows) {
+      split_row(job, static_cast<int>(unit));
+    } else {
+      rank_column(job, unit - job.rows);
+    }
+  }
+}
+
+void second_phase(void* context, int64_t begin, int64_t end) {
+  const Job& job = *static_cast<const Job*>(context);
+  Row integer[kMaxRows], real[kMaxRows];
+  int integers = 0, reals = 0;
+  for (int i = 0; i < job.rows; ++i) {
+    Row& row = job.integer_row[i] ? integer[integers++] : real[reals++];
+    row = {job.integers(i), job.scales(i), job.floats(i), job.low_rank(i), job.row0 + i};
+  }
+  for (int64_t n0 = begin; n0 < end; n0 += kGroup) {
+    const int group = static_cast<int>(min64(kGroup, end - n0));
+    outputs<true>(job, integer, integers, n0, group);
+    outputs<false>(job, real, reals, n0, group);
+  }
+}
+
+}  // namespace
+
+Status nf4_linear_decode_avx2(const Nf4LinearArgs& a) {
+  constexpr int64_t kScratchBytes = 4 << 20;
+  const int64_t runs = ceil_div(a.weight.k, kRun), r_pad = round_up(a.r, 8);
+  const int64_t row_bytes = max64(64, round_up(runs * kRun * 4 + r_pad * 4, 64));
+  const int64_t most = max64(1, min64(kMaxRows, kScratchBytes / row_bytes));
+  for (int64_t row0 = 0; row0 < a.m; row0 += most) {
+    const int rows = static_cast<int>(min64(most, a.m - row0));
+    auto* scratch = static_cast<uint8_t*>(thread_scratch(static_cast<size_t>(rows * row_bytes)));
+    if (scratch == nullptr) return Status::kOutOfMemory;
+    const bool aligned = a.weight.k % kRun == 0 && a.weight.blocksize % kRun == 0;
+    Job job{a, row0, rows, runs, r_pad, aligned, scratch, row_bytes, {}};
+    const bool compute_u = a.r > 0 && a.lora_a != nullptr;
+    parallel_ranges(rows + (compute_u ? a.r : 0), a.threads, first_phase, &job);
+    for (int i = 0; i < rows; ++i) {
+      float* low_rank = job.low_rank(i);
+      for (int64_t q = 0; q < r_pad; ++q) {
+        low_rank[q] = q < a.r ? a.scaling * load_as_float(a.u, (row0 + i) * a.r + q, a.dtype) : 0.0f;
+      }
+    }
+    parallel_ranges(a.weight.n, a.threads, second_phase, &job);
+  }
+  return Status::kOk;
+}
+
+}  // namespace fastlora::cpu
