@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import random
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def cases(seed: int) -> list[Case]:
     return selected
 
 
-@dataclass
+@dataclass(frozen=True)
 class Weight:
     """NF4 storage as the ops take it, and the float32 matrix it stands for. Every code is equally likely."""
 
@@ -102,6 +103,7 @@ class Weight:
         return self.packed, self.scales, self.nested
 
 
+@functools.lru_cache(maxsize=64)
 def make_weight(n: int, k: int, blocksize: int = 64, double_quant: bool = True, seed: int = 0) -> Weight:
     """Built by the reference alone, so that no kernel is trusted to make its own inputs."""
     generator = torch.Generator().manual_seed(seed)
