@@ -1,8 +1,10 @@
 """Write README's table from bench/results/<machine>.csv.
 
-python bench/readme_table.py                # again, from the machine named in README's marker
-python bench/readme_table.py MACHINE        # from another one's results
-python bench/readme_table.py --check        # exit code 1 if README differs from the results
+    python bench/readme_table.py                # again, from the machine named in README's marker
+    python bench/readme_table.py MACHINE        # from another one's results ("none": no table)
+    python bench/readme_table.py --check        # exit code 1 if README differs from the results
+
+The results of `make bench` come first; README's table is their first shape, dtype and rank.
 """
 
 from __future__ import annotations
@@ -88,7 +90,8 @@ def main() -> int:
         )
         return 1
     machine = options.machine or marker["machine"]
-    block = f"<!-- bench: {machine} -->\n{table(machine)}\n<!-- /bench -->"
+    body = "" if machine == "none" else table(machine) + "\n"
+    block = f"<!-- bench: {machine} -->\n{body}<!-- /bench -->"
     fresh = text[: marker.start()] + block + text[marker.end() :]
     if options.check:
         return 0 if fresh == text else 1

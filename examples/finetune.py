@@ -241,7 +241,8 @@ def reload_in_new_process(out: Path, expected: dict[str, str]) -> bool:
     found = json.loads(done.stdout.splitlines()[-1])
     for name, digest in expected.items():
         console.print(
-            f"logits, {name}: SHA-256 {digest[:16]} here, {found.get(name, 'none')[:16]} in a new process"
+            f"logits, {name}: SHA-256 {digest[:16]} here, {found.get(name, 'none')[:16]} in a new process",
+            soft_wrap=True,
         )
     return found == expected
 

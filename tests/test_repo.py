@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,9 @@ def test_pins_agree() -> None:
 def test_the_type_stub_matches_the_module() -> None:
     stub = set(re.findall(r"^def (\w+)", text_of("python/fastlora/_C.pyi"), re.MULTILINE))
     assert stub == set(re.findall(r'm\.def\("(\w+)"', text_of("csrc/bindings.cpp")))
+
+
+def test_readme_table_is_what_was_measured() -> None:
+    command = [sys.executable, str(ROOT / "bench" / "readme_table.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"run python bench/readme_table.py\n{done.stderr}"
