@@ -48,6 +48,11 @@ bool valid_blocksize(int64_t b) { return b >= kMinBlocksize && b <= kMaxBlocksiz
 // A thread is worth waking for about 10 us of work: so many multiply-adds of the decode kernels.
 constexpr int64_t kWorkPerThread = 1 << 18;
 
+// The decode kernels hold whole rows of x and u, at 4 bytes a column: no more than a few MiB of scratch.
+constexpr int64_t kDecodeColumns = 1 << 20;
+
+bool decode_fits(const Nf4LinearArgs& a) { return a.weight.k > 0 && a.weight.k <= kDecodeColumns - a.r; }
+
 int32_t useful_threads(int32_t threads, int64_t m, const Nf4Weight& w, int64_t r) {
   const auto work = static_cast<double>(m) * static_cast<double>(w.n * w.k + r * (w.n + w.k));
   const double most = work / static_cast<double>(kWorkPerThread) + 1.0;
@@ -82,7 +87,7 @@ Status nf4_linear(const Nf4LinearArgs& args, Isa isa) {
   Nf4LinearArgs a = args;
   a.threads = useful_threads(args.threads, args.m, args.weight, args.r);
   const int64_t decode_rows = a.dtype == DType::kFloat32 ? level->decode_rows_float : level->decode_rows_16bit;
-  if (level->linear_decode != nullptr && a.m <= decode_rows) return level->linear_decode(a);
+  if (level->linear_decode != nullptr && a.m <= decode_rows && decode_fits(a)) return level->linear_decode(a);
   return a.dtype == DType::kBFloat16 ? level->linear_bf16(a) : level->linear(a);
 }
 

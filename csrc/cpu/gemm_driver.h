@@ -259,6 +259,7 @@ struct Plan {
   int64_t chunk_blocks;  // of them packed at a time
   int64_t chunks;
   int64_t rank_blocks;  // blocks of the low-rank extension
+  int64_t rank_chunk;   // of them packed at a time
   int64_t units_per_c;  // strips (runs) whose C is kept while the chunks go by
 };
 
@@ -272,6 +273,7 @@ Plan make_plan(int64_t m, int64_t contraction, int64_t step_blocks, int64_t r, i
   while (plan.row_block > row_step && plan.rank_blocks * 64 * plan.row_block > L::kPackedBytes) {
     plan.row_block = round_up(plan.row_block / 2, row_step);
   }
+  plan.rank_chunk = min64(plan.rank_blocks, L::kPackedBytes / (plan.row_block * 64));
   plan.blocks = round_up(ceil_div(contraction, kPerVector), step_blocks);
   const int64_t most = max64(1, L::kPackedBytes / (plan.row_block * 64) / step_blocks);
   const int64_t steps = max64(1, plan.blocks / step_blocks);
@@ -331,8 +333,8 @@ struct Forward {
   void run_units(int64_t begin, int64_t end) {
     const int64_t ldc = plan.row_block;
     const int64_t packed_bytes = plan.row_block * plan.chunk_blocks * 64;
-    const int64_t rank_bytes = plan.row_block * plan.rank_blocks * 64;
-    const int64_t strip_bytes = max64(L::kStripBlocks, plan.rank_blocks) * G::kStripBlockBytes;
+    const int64_t rank_bytes = plan.row_block * plan.rank_chunk * 64;
+    const int64_t strip_bytes = L::kStripBlocks * G::kStripBlockBytes;
     const int64_t c_bytes = G::kStripRows * ldc * 4;
     const int64_t absmax_bytes = round_up(G::kStripRows * absmax_stride() * 4, 64);
     auto* scratch = static_cast<uint8_t*>(thread_scratch(
@@ -355,7 +357,8 @@ struct Forward {
       const int64_t panels = ceil_div(rows, kPanel);
       const int64_t strip0 = unit % strips;
       const int64_t count = min64(min64(end - unit, strips - strip0), plan.units_per_c);
-      if (plan.rank_blocks > 0 && row0 != packed_row) {
+      const bool whole_rank = plan.rank_chunk == plan.rank_blocks;
+      if (plan.rank_blocks > 0 && whole_rank && row0 != packed_row) {
         G::pack_panels(u, dtype, ext.k, row0, rows, 0, ext.k, plan.rank_blocks, false, packed_u);
       }
       for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
@@ -384,10 +387,16 @@ struct Forward {
             G::multiply(strip, strip_rows, packed, panels, blocks, b, now, c, ldc, chunk > 0 || b > 0);
           }
           if (chunk + 1 < plan.chunks) continue;
-          if (plan.rank_blocks > 0) {
-            G::fill_strip(ext, nullptr, 0, n0, strip_rows, 0, plan.rank_blocks, false, strip);
-            G::multiply(strip, strip_rows, packed_u, panels, plan.rank_blocks, 0, plan.rank_blocks, c, ldc,
-                        plan.blocks > 0);
+          for (int64_t q = 0; q < plan.rank_blocks; q += plan.rank_chunk) {
+            const int64_t here = min64(plan.rank_chunk, plan.rank_blocks - q);
+            if (!whole_rank) {  // a rank in the thousands: u is packed again for every strip
+              G::pack_panels(u, dtype, ext.k, row0, rows, q * G::kPerVector, ext.k, here, false, packed_u);
+            }
+            for (int64_t b = 0; b < here; b += L::kStripBlocks) {
+              const int64_t now = min64(L::kStripBlocks, here - b);
+              G::fill_strip(ext, nullptr, 0, n0, strip_rows, (q + b) * G::kPerVector, now, false, strip);
+              G::multiply(strip, strip_rows, packed_u, panels, here, b, now, c, ldc, plan.blocks + q + b > 0);
+            }
           }
           if (plan.blocks == 0 && plan.rank_blocks == 0) std::memset(c, 0, static_cast<size_t>(c_bytes));
           store(row0, rows, strip0 + s, c, ldc);
@@ -456,8 +465,8 @@ struct Backward {
   void run_units(int64_t begin, int64_t end) {
     constexpr int64_t kLdc = G::kRun;
     const int64_t packed_bytes = plan.row_block * plan.chunk_blocks * 64;
-    const int64_t rank_bytes = plan.row_block * plan.rank_blocks * 64;
-    const int64_t panel_bytes = max64(L::kPanelBlocks, plan.rank_blocks) * G::kRunPanels * kTileBytes;
+    const int64_t rank_bytes = plan.row_block * plan.rank_chunk * 64;
+    const int64_t panel_bytes = L::kPanelBlocks * G::kRunPanels * kTileBytes;
     const int64_t c_bytes = plan.row_block * kLdc * 4;
     auto* scratch = static_cast<uint8_t*>(
         thread_scratch(static_cast<size_t>(packed_bytes + rank_bytes + panel_bytes + plan.units_per_c * c_bytes)));
@@ -477,7 +486,8 @@ struct Backward {
       const int64_t row0 = unit / runs * plan.row_block, rows = min64(plan.row_block, m - row0);
       const int64_t run0 = unit % runs;
       const int64_t count = min64(min64(end - unit, runs - run0), plan.units_per_c);
-      if (plan.rank_blocks > 0 && row0 != packed_row) {
+      const bool whole_rank = plan.rank_chunk == plan.rank_blocks;
+      if (plan.rank_blocks > 0 && whole_rank && row0 != packed_row) {
         G::pack_strips(v, dtype, ext.n, row0, rows, 0, ext.n, plan.rank_blocks, packed_v);
       }
       for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
@@ -498,10 +508,16 @@ struct Backward {
             multiply_rows(packed, blocks, b, now, rows, panel, panels, c, chunk > 0 || b > 0);
           }
           if (chunk + 1 < plan.chunks) continue;
-          if (plan.rank_blocks > 0) {
-            G::fill_panels(ext, map, 0, plan.rank_blocks, k0, kQuantized, panels, panel);
-            multiply_rows(packed_v, plan.rank_blocks, 0, plan.rank_blocks, rows, panel, panels, c,
-                          plan.blocks > 0);
+          for (int64_t r = 0; r < plan.rank_blocks; r += plan.rank_chunk) {
+            const int64_t here = min64(plan.rank_chunk, plan.rank_blocks - r);
+            if (!whole_rank) {  // a rank in the thousands: v is packed again for every run
+              G::pack_strips(v, dtype, ext.n, row0, rows, r * G::kPerVector, ext.n, here, packed_v);
+            }
+            for (int64_t b = 0; b < here; b += L::kPanelBlocks) {
+              const int64_t now = min64(L::kPanelBlocks, here - b);
+              G::fill_panels(ext, map, (r + b) * G::kPerVector, now, k0, kQuantized, panels, panel);
+              multiply_rows(packed_v, here, b, now, rows, panel, panels, c, plan.blocks + r + b > 0);
+            }
           }
           if (plan.blocks == 0 && plan.rank_blocks == 0) std::memset(c, 0, static_cast<size_t>(c_bytes));
           store(row0, rows, run0 + q, c, kLdc);

@@ -52,6 +52,7 @@ void parallel_ranges(int64_t count, int32_t threads, void (*body)(void*, int64_t
 void* thread_scratch(size_t bytes) {
   std::free(t_scratch.data);
   if (posix_memalign(&t_scratch.data, 64, bytes) != 0) t_scratch.data = nullptr;
+  t_scratch.bytes = bytes;
   if (t_scratch.data != nullptr) std::memset(t_scratch.data, 0xff, bytes);
   return t_scratch.data;
 }
@@ -65,5 +66,7 @@ void* thread_scratch(size_t bytes) {
   return t_scratch.data;
 }
 #endif
+
+size_t thread_scratch_bytes() { return t_scratch.bytes; }
 
 }  // namespace fastlora::cpu

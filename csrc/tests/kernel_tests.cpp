@@ -191,6 +191,66 @@ void test_concurrency() {
   }
 }
 
+// Extreme in each size in turn; a fresh thread each time, because a thread keeps the largest buffer it needed.
+void test_scratch() {
+  constexpr size_t kMostBytes = 4 << 20;
+  constexpr int64_t kShapes[][4] = {
+      // m, n, k, r
+      {1, 1, (1 << 21) + 100, 0}, {8, 1, 300000, 16}, {200, 2, 40000, 1}, {1, 1 << 18, 2, 1},
+      {200, 30000, 3, 0},         {1, 2, 3, 70000},   {200, 2, 3, 9000},  {200, 300, 300, 5000},
+  };
+  Rng rng(11);
+  for (const auto& [m, n, k, r] : kShapes) {
+    const Weight weight(Place::kHeap, rng, n, k, 32, true);
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+      Tensor x(Place::kHeap, m * k, dtype), y(Place::kHeap, m * n, dtype), u(Place::kHeap, m * r, dtype);
+      Tensor a(Place::kHeap, r * k, dtype), b(Place::kHeap, n * r, dtype);
+      for (Tensor* t : {&x, &y, &u, &a, &b}) t->buffer.fill_bytes(0);
+      for (const Isa isa : levels()) {
+        if (isa == Isa::kScalar) continue;  // no scratch
+        set_case("scratch %s %s m %lld n %lld k %lld r %lld", isa_name(isa), dtype_name(dtype),
+                 static_cast<long long>(m), static_cast<long long>(n), static_cast<long long>(k),
+                 static_cast<long long>(r));
+        std::thread([&, m = m, r = r] {
+          const Nf4LinearArgs forward{.x = x.buffer.bytes(),
+                                      .weight = weight.view(),
+                                      .bias = nullptr,
+                                      .lora_a = r == 0 ? nullptr : a.buffer.bytes(),
+                                      .lora_b = r == 0 ? nullptr : b.buffer.bytes(),
+                                      .u = r == 0 ? nullptr : u.buffer.bytes(),
+                                      .y = y.buffer.bytes(),
+                                      .m = m,
+                                      .r = r,
+                                      .scaling = 1.0f,
+                                      .dtype = dtype,
+                                      .lora_dtype = dtype,
+                                      .threads = 1};
+          check(nf4_linear(forward, isa) == Status::kOk, "nf4_linear status");
+          const size_t bytes = cpu::thread_scratch_bytes();
+          check(bytes <= kMostBytes, "nf4_linear took %zu bytes of scratch", bytes);
+        }).join();
+        std::thread([&, m = m, r = r] {
+          const Nf4LinearGradInputArgs backward{.dy = y.buffer.bytes(),
+                                                .weight = weight.view(),
+                                                .lora_a = r == 0 ? nullptr : a.buffer.bytes(),
+                                                .lora_b = r == 0 ? nullptr : b.buffer.bytes(),
+                                                .v = r == 0 ? nullptr : u.buffer.bytes(),
+                                                .dx = x.buffer.bytes(),
+                                                .m = m,
+                                                .r = r,
+                                                .scaling = 1.0f,
+                                                .dtype = dtype,
+                                                .lora_dtype = dtype,
+                                                .threads = 1};
+          check(nf4_linear_grad_input(backward, isa) == Status::kOk, "nf4_linear_grad_input status");
+          const size_t bytes = cpu::thread_scratch_bytes();
+          check(bytes <= kMostBytes, "nf4_linear_grad_input took %zu bytes of scratch", bytes);
+        }).join();
+      }
+    }
+  }
+}
+
 void test_refusals() {
   Rng rng(5);
   const Weight weight(Place::kHeap, rng, 2, 64, 64, false);
@@ -261,6 +321,7 @@ int main() {
   test_linear();
   test_lora_dropout();
   test_concurrency();
+  test_scratch();
   test_refusals();
   return finish();
 }

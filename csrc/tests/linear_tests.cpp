@@ -287,8 +287,12 @@ constexpr Case kDirected[] = {
     {1, 1, 8200, 1, 256, DType::kBFloat16, DType::kFloat32, true, true, false, 1.0f, Place::kBeforeGuard},
     {3, 4, 0, 2, 64, DType::kFloat32, DType::kFloat32, false, true, false, 1.0f, Place::kHeap},
     {1, 4, 0, 0, 64, DType::kBFloat16, DType::kFloat32, false, true, false, 1.0f, Place::kHeap},
+    {3, 4, 0, 0, 64, DType::kBFloat16, DType::kFloat32, true, true, false, 1.0f, Place::kHeap},
+    {2, 0, 0, 3, 64, DType::kFloat32, DType::kFloat32, true, true, false, 1.0f, Place::kHeap},
     {3, 0, 5, 2, 64, DType::kBFloat16, DType::kBFloat16, true, false, false, 1.0f, Place::kHeap},
     {4, 3, 70, 200, 64, DType::kBFloat16, DType::kFloat16, true, true, false, 1.0f, Place::kBeforeGuard},
+    {18, 3, 6, 13000, 64, DType::kFloat32, DType::kFloat32, true, true, false, 1.0f, Place::kBeforeGuard},
+    {18, 3, 6, 33000, 64, DType::kBFloat16, DType::kBFloat16, true, true, false, 1.0f, Place::kBeforeGuard},
 };
 
 }  // namespace
