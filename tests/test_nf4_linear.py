@@ -57,6 +57,23 @@ def test_matches_reference(isa: str, case: Case) -> None:
     check(case, prepared(case, case.m + case.n))
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(144, 960, 1400, 3, 64, torch.float32),
+        Case(97, 1376, 4700, 3, 64, torch.bfloat16),
+        Case(3, 0, 0, 0, 64, torch.float32),
+        Case(3, 5, 0, 0, 64, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_chunks_and_empty_contractions(isa: str, case: Case) -> None:
+    """k too long to pack at once, n too wide for one group of accumulators; and k = 0 with rank 0."""
+    if isa == "scalar" and case.m > 3:
+        pytest.skip("the scalar level packs nothing")
+    check(case, prepared(case, 13))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     case=st.builds(

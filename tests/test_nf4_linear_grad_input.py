@@ -58,6 +58,18 @@ def test_matches_reference(isa: str, case: Case) -> None:
     check(case, prepared(case, case.m + case.k))
 
 
+@pytest.mark.parametrize(
+    "case",
+    [Case(120, 1600, 1100, 3, 64, torch.float32), Case(97, 4200, 1100, 3, 64, torch.bfloat16)],
+    ids=str,
+)
+def test_chunks_of_the_contraction(isa: str, case: Case) -> None:
+    """n too long to pack at once, k too wide for one group of accumulators."""
+    if isa == "scalar":
+        pytest.skip("the scalar level packs nothing")
+    check(case, prepared(case, 13))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     case=st.builds(
