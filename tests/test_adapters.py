@@ -171,6 +171,34 @@ def test_round_trip_is_bit_exact_and_leaves_two_files(tmp_path):
     assert same(bits(ours), want)
 
 
+def test_a_name_that_ends_another_keeps_its_own_rank_and_alpha(tmp_path):
+    """PEFT's patterns match the end of a path: the outer layer's must not reach the inner one's."""
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down = nn.Linear(64, 64)
+            self.z = Block()
+
+        def forward(self, x):
+            return self.z(self.down(x))
+
+    torch.manual_seed(0)
+    dense = Outer().eval()
+    ours, x = copy.deepcopy(dense), torch.randn(3, 64)
+    fastlora.convert(ours, "down", rank=2, alpha=5, progress=False)
+    fastlora.convert(ours, ["z.down", "q_proj"], rank=8, alpha=8, progress=False)
+    randomise(ours)
+    for name, layer in ours.named_modules():
+        if isinstance(layer, QLinear):
+            dense.get_submodule(name).weight.data.copy_(layer.dequantize())
+    fastlora.save_adapter(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(dense, str(tmp_path)).eval()
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
+    fastlora.load_adapter(ours, tmp_path)
+    assert (ours.down.scaling, ours.z.down.scaling) == (2.5, 1.0)
+
+
 def test_the_file_has_pefts_keys(tmp_path):
     ours, _ = converted(rank=3, alpha=6)
     fastlora.save_adapter(ours, tmp_path, task_type="FEATURE_EXTRACTION", base_model="some/model")

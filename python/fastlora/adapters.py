@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -134,8 +134,8 @@ def _config_of(model: nn.Module, layers: dict[str, QLinear]) -> dict[str, Any]:
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        "rank_pattern": {_pattern(name, layers): r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {_pattern(name, layers): a for name, a in alphas.items() if a != alpha},
         "target_modules": _target_modules(model, layers),
         "use_rslora": rslora,
         "lora_dropout": max(layer.dropout for layer in layers.values()),
@@ -145,6 +145,11 @@ def _config_of(model: nn.Module, layers: dict[str, QLinear]) -> dict[str, Any]:
         "inference_mode": True,
         "modules_to_save": None,
     }
+
+
+def _pattern(name: str, layers: Iterable[str]) -> str:
+    """A PEFT pattern for this layer alone: the path, tied to its start where it also ends another's."""
+    return f"^{name}" if any(other.endswith(f".{name}") for other in layers) else name
 
 
 def _alpha(layer: QLinear, rslora: bool) -> float:
@@ -200,9 +205,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _pattern_value(patterns: dict[str, float], name: str, default: float) -> float:
-    """PEFT's rule: a pattern is a whole path, or a regular expression for its end."""
-    if name in patterns:
-        return patterns[name]
+    """PEFT's rule: the first pattern that is a regular expression for the path or its end."""
     return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", name)), default)
 
 
