@@ -199,6 +199,22 @@ def test_a_name_that_ends_another_keeps_its_own_rank_and_alpha(tmp_path):
     assert (ours.down.scaling, ours.z.down.scaling) == (2.5, 1.0)
 
 
+def test_compiled_parts_leave_no_trace_in_the_file(tmp_path):
+    """torch.compile renames what it wraps; the adapter still fits the model as it was."""
+    ours, _ = converted(rank=3)
+    want = bits(ours)
+    ours.layers[0].q_proj = torch.compile(ours.layers[0].q_proj)
+    ours.layers[1] = torch.compile(ours.layers[1])
+    fastlora.save_adapter(torch.compile(ours), tmp_path)
+    plain, _ = converted(rank=3)
+    randomise(plain)
+    fastlora.load_adapter(plain, tmp_path)
+    assert same(bits(plain), want)
+    randomise(ours)
+    fastlora.load_adapter(ours, tmp_path)
+    assert torch.equal(ours.layers[0].q_proj._orig_mod.lora_A, plain.layers[0].q_proj.lora_A)
+
+
 def test_the_file_has_pefts_keys(tmp_path):
     ours, _ = converted(rank=3, alpha=6)
     fastlora.save_adapter(ours, tmp_path, task_type="FEATURE_EXTRACTION", base_model="some/model")

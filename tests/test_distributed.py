@@ -38,6 +38,7 @@ def worker(rank, path):
     try:
         fsdp(rank)
         ddp(rank)
+        adapters(rank, f"{path}-adapter-{rank}")
     finally:
         distributed.destroy_process_group()
 
@@ -84,6 +85,29 @@ def ddp(rank):
         assert (got.grad is None) == (want.grad is None)
         if want.grad is not None:
             torch.testing.assert_close(got.grad, want.grad)
+
+
+def adapters(rank, directory):
+    """What wrapped models save fits the plain one, and the other way round."""
+    from torch.distributed.fsdp import fully_shard
+
+    want = model()
+    sharded = model()
+    for module in (sharded[0], sharded[2], sharded):
+        fully_shard(module)
+    for wrapped in (nn.parallel.DistributedDataParallel(model()), sharded):
+        fastlora.save_adapter(wrapped, directory)
+        plain = model()
+        for p in (plain[0].lora_A, plain[0].lora_B, plain[2].lora_A, plain[2].lora_B):
+            nn.init.zeros_(p)
+        fastlora.load_adapter(plain, directory)
+        for got, expected in zip(plain.parameters(), want.parameters(), strict=True):
+            assert torch.equal(got, expected)
+        nn.init.ones_(plain[2].lora_B)
+        fastlora.save_adapter(plain, directory)
+        fastlora.load_adapter(wrapped, directory)
+        for got, expected in zip(wrapped.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(whole(got), expected)
 
 
 def test_two_processes_get_the_gradients_of_one(tmp_path):

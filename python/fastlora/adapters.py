@@ -52,16 +52,17 @@ def save_adapter(
         base_model: the dense model's name or path; by default where a transformers model was loaded from.
 
     Layers may differ in rank and alpha (PEFT's rank_pattern and alpha_pattern). Only adapters are written, in
-    their own dtype; a merged layer's adapter is written too. Raises ValueError for a model without adapters.
+    their own dtype; a merged layer's adapter is written too. A model sharded by FSDP2 is gathered: every rank
+    calls, each writes the same files. Raises ValueError for a model without adapters.
     """
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    model = _unwrapped(model)
     layers = _adapted(model)
     if not layers:
         raise ValueError("save_adapter: expected a model with QLinear layers of rank > 0, got none")
     config = _config_of(model, layers)
     config["task_type"] = task_type or _guess_task(model)
     config["base_model_name_or_path"] = base_model or getattr(model, "name_or_path", None) or None
-    tensors = {key: p.detach().to("cpu").contiguous() for key, p in _entries(layers).items()}
+    tensors = {key: _whole(p.detach()).to("cpu").contiguous() for key, p in _entries(layers).items()}
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     a file that does not fit the model exactly, and for a kind of adapter other than plain LoRA or rsLoRA;
     RuntimeError for layers that are merged or on the meta device; FileNotFoundError.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = _unwrapped(model)
     path = Path(directory)
     config = _read_config(path)
     if not (path / WEIGHTS_NAME).is_file():
@@ -100,13 +101,45 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     alphas = {name: _pattern_value(config["alpha_pattern"], name, config["lora_alpha"]) for name in layers}
     with torch.no_grad():
         for key, parameter in entries.items():
-            parameter.copy_(tensors[key])
+            parameter.copy_(_sharded_like(parameter, tensors[key]))
     for name, layer in layers.items():
         layer.set_alpha(alphas[name], config["use_rslora"])
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what torch.compile and DistributedDataParallel put around it."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _whole(t: Tensor) -> Tensor:
+    """What FSDP2 shards, gathered; every rank must take part."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def _sharded_like(parameter: Tensor, t: Tensor) -> Tensor:
+    """`t`, the same on every rank, laid out as `parameter` is."""
+    if not hasattr(parameter, "full_tensor"):
+        return t
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(t.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """named_modules, with the names that they have where no part of the model is compiled."""
+    for name, module in model.named_modules():
+        yield ".".join(part for part in name.split(".") if part != "_orig_mod"), module
+
+
 def _adapted(model: nn.Module) -> dict[str, QLinear]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, QLinear) and m.rank}
+    return {name: m for name, m in _modules(model) if isinstance(m, QLinear) and m.rank}
 
 
 def _entries(layers: dict[str, QLinear]) -> dict[str, Tensor]:
@@ -162,7 +195,7 @@ def _alpha(layer: QLinear, rslora: bool) -> float:
 def _target_modules(model: nn.Module, layers: dict[str, QLinear]) -> list[str]:
     """Last names where they select exactly the adapted layers of that name, whole paths otherwise."""
     by_last_name: dict[str, list[str]] = {}
-    for name, _ in model.named_modules():
+    for name, _ in _modules(model):
         by_last_name.setdefault(name.rpartition(".")[2], []).append(name)
     targets: list[str] = []
     for last in dict.fromkeys(name.rpartition(".")[2] for name in layers):
