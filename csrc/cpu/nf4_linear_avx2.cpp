@@ -115,8 +115,9 @@ struct Avx2Float {
     }
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
     const __m256 low = _mm256_loadu_ps(kNf4Codes), high = _mm256_loadu_ps(kNf4Codes + 8);
-    const bool one_block = run.shift >= 6 && run.phase % 64 == 0;
-    const __m256 block_scale = _mm256_set1_ps(run.absmax[run.phase >> run.shift]);
+    const bool one_block = run.phase + kRun <= int64_t{1} << run.shift;
+    const __m256 scales = _mm256_loadu_ps(run.absmax);  // a run meets three blocks at most
+    const __m256 block_scale = _mm256_set1_ps(run.absmax[0]);
     const __m256i lane8 = _mm256_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56);
     const __m128i shift = _mm_cvtsi32_si128(run.shift);
     for (int c = 0; c < 8; ++c) {
@@ -127,7 +128,7 @@ struct Avx2Float {
       __m256 scale = block_scale;
       if (!one_block) {
         const __m256i place = _mm256_add_epi32(lane8, _mm256_set1_epi32(run.phase + (c ^ 1)));
-        scale = _mm256_i32gather_ps(run.absmax, _mm256_srl_epi32(place, shift), 4);
+        scale = _mm256_permutevar8x32_ps(scales, _mm256_srl_epi32(place, shift));
       }
       _mm256_store_ps(reinterpret_cast<float*>(out[c / 2]) + c % 2 * 8, _mm256_mul_ps(value, scale));
     }

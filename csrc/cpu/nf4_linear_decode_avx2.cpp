@@ -182,12 +182,12 @@ struct Planes {
   }
 };
 
-// Scales of the blocks that columns [k0, k1) of `row` meet, and two zeros; the number of the first block.
+// Scales of the blocks that columns [k0, k1) of `row` meet, and zeros; the number of the first block.
 inline int64_t chunk_scales(const Nf4Weight& w, const float* map, int shift, int64_t row, int64_t k0, int64_t k1,
                             float* out) {
   const int64_t first = (row * w.k + k0) >> shift, last = (row * w.k + k1 - 1) >> shift;
   const int64_t count = last - first + 1;
-  out[count] = out[count + 1] = 0.0f;
+  _mm256_storeu_ps(out + count, _mm256_setzero_ps());
   if (w.scales.nested == nullptr) {
     std::memcpy(out, w.scales.codes + first * 4, static_cast<size_t>(count) * 4);
     return first;
@@ -289,17 +289,13 @@ void integer_pass(const Job& job, const Row* rows, int64_t n0, int count, __m256
   }
 }
 
-// The absmax of each of the eight columns of vector v of a run: `absmax` points at that of the run's first
-// column, which is the phase-th of its block. A run meets three blocks at most.
-inline __m256 column_scales(const float* absmax, int64_t phase, int64_t blocksize, int v) {
-  const __m256i column =
-      _mm256_add_epi32(_mm256_setr_epi32(0, 2, 4, 6, 32, 34, 36, 38), _mm256_set1_epi32(v % 4 * 8 + v / 4));
-  const __m256i last = _mm256_set1_epi32(static_cast<int32_t>(blocksize - phase - 1));  // of the first block
-  const __m256i third = _mm256_set1_epi32(static_cast<int32_t>(2 * blocksize - phase - 1));
-  __m256 scale = _mm256_blendv_ps(_mm256_broadcast_ss(absmax), _mm256_broadcast_ss(absmax + 1),
-                                  _mm256_castsi256_ps(_mm256_cmpgt_epi32(column, last)));
-  return _mm256_blendv_ps(scale, _mm256_broadcast_ss(absmax + 2),
-                          _mm256_castsi256_ps(_mm256_cmpgt_epi32(column, third)));
+// The absmax of each of the eight columns of vector v of a run. `absmax` points at that of the run's first column,
+// which is the phase-th of its block; a run meets three blocks at most, and eight floats can be read.
+inline __m256 column_scales(const float* absmax, int64_t phase, int shift, int v) {
+  const __m256i column = _mm256_setr_epi32(0, 2, 4, 6, 32, 34, 36, 38);
+  const __m256i place =
+      _mm256_add_epi32(column, _mm256_set1_epi32(static_cast<int32_t>(phase) + v % 4 * 8 + v / 4));
+  return _mm256_permutevar8x32_ps(_mm256_loadu_ps(absmax), _mm256_srl_epi32(place, _mm_cvtsi32_si128(shift)));
 }
 
 template <int kIn>
@@ -332,8 +328,7 @@ void float_pass(const Job& job, const Row* rows, int64_t n0, int count, __m256 (
         look_up(table, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(here)), values);
         const bool one_block = phase + kRun <= w.blocksize;
         for (int v = 0; v < 8; ++v) {
-          const __m256 scale =
-              one_block ? _mm256_broadcast_ss(absmax) : column_scales(absmax, phase, w.blocksize, v);
+          const __m256 scale = one_block ? _mm256_broadcast_ss(absmax) : column_scales(absmax, phase, shift, v);
           values[v] = _mm256_mul_ps(values[v], scale);
         }
         for (int i = 0; i < kIn; ++i) {
