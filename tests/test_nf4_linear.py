@@ -13,7 +13,7 @@ from linear_cases import FLOATS, Case, Inputs, cases, make_inputs
 from tolerances import DENSE_FACTOR, TOLERANCES, assert_within, linear_bound, relative_error
 from torch import Tensor
 
-from fastlora import ops, reference
+from fastlora import ops, quantize_nf4, reference
 
 op = torch.ops.fastlora
 
@@ -171,6 +171,24 @@ def test_outliers_in_x(isa: str, dtype: torch.dtype, m: int) -> None:
     want, _ = reference.nf4_linear(inputs.x, inputs.weight.dense)
     bound = linear_bound(inputs.x, inputs.weight.dense, None, None, 1.0, want, dtype)
     assert_within("y", y, want, bound, TOLERANCES[dtype].frobenius)
+
+
+@pytest.mark.parametrize("m", [1, 5])
+@pytest.mark.parametrize("outlier", [1e3, 3e4])
+def test_outlier_on_a_column_that_hardly_counts(isa: str, outlier: float, m: int) -> None:
+    # The weights of the outlier's column are zero: what is left is how well its neighbours survived beside it.
+    torch.manual_seed(m)
+    x = torch.randn(m, 256, dtype=torch.bfloat16)
+    x[:, 70] = outlier
+    weight = torch.randn(96, 256)
+    weight[:, 70] = 0
+    quantized = quantize_nf4(weight)
+    dense = quantized.dequantize(torch.float32)
+    assert not dense[:, 70].any()
+    y = op.nf4_linear(x, quantized.packed, quantized.scales, quantized.nested, 64, None, None, None, 1.0)
+    want = x.double() @ dense.double().T
+    rounded = (x.float() @ dense.to(x.dtype).float().T).to(x.dtype)
+    assert relative_error(y, want) < 1.2 * relative_error(rounded, want)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -252,6 +252,13 @@ struct Gemm {
   }
 };
 
+// Units of work are (row block, strip or run) in row-block order, and the last row block may be short: a thread's
+// share is cut by rows, not by units. The unit that holds position `at` of m * per_block.
+inline int64_t unit_at(int64_t at, int64_t m, int64_t row_block, int64_t per_block) {
+  const int64_t block = at / (row_block * per_block), rows = min64(row_block, m - block * row_block);
+  return block * per_block + (rows > 0 ? (at - block * row_block * per_block) / rows : 0);
+}
+
 // How one thread's scratch is laid out; every size is bounded whatever the shape.
 struct Plan {
   int64_t row_block;     // rows of x (dy) packed at a time
@@ -425,8 +432,13 @@ struct Forward {
     plan = make_plan<L>(m, k, G::kVectors, ext.k, L::kForwardRows, kPanel, G::kStripRows * 4);
     out_of_memory = false;
     parallel_ranges(
-        ceil_div(m, plan.row_block) * strips, threads,
-        [](void* self, int64_t begin, int64_t end) { static_cast<Forward*>(self)->run_units(begin, end); }, this);
+        m * strips, threads,
+        [](void* context, int64_t begin, int64_t end) {
+          auto& self = *static_cast<Forward*>(context);
+          self.run_units(unit_at(begin, self.m, self.plan.row_block, self.strips),
+                         unit_at(end, self.m, self.plan.row_block, self.strips));
+        },
+        this);
     return out_of_memory ? Status::kOutOfMemory : Status::kOk;
   }
 };
@@ -546,8 +558,13 @@ struct Backward {
     plan = make_plan<L>(m, n, 1, ext.n, L::kBackwardRows, G::kStripRows, G::kRun * 4);
     out_of_memory = false;
     parallel_ranges(
-        ceil_div(m, plan.row_block) * runs, threads,
-        [](void* self, int64_t begin, int64_t end) { static_cast<Backward*>(self)->run_units(begin, end); }, this);
+        m * runs, threads,
+        [](void* context, int64_t begin, int64_t end) {
+          auto& self = *static_cast<Backward*>(context);
+          self.run_units(unit_at(begin, self.m, self.plan.row_block, self.runs),
+                         unit_at(end, self.m, self.plan.row_block, self.runs));
+        },
+        this);
     return out_of_memory ? Status::kOutOfMemory : Status::kOk;
   }
 };

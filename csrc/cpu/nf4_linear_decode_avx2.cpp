@@ -26,9 +26,10 @@ constexpr int kGroup = 8;                  // rows of W that go over a chunk of 
 constexpr int64_t kChunkBytes = 16 << 10;  // of split x in such a chunk: half of L1
 constexpr int64_t kMostRuns = 64;          // of a chunk
 constexpr int64_t kMostScales = kMostRuns * kRun / kMinBlocksize + 8;
-constexpr float kXMax = 32767.0f;     // as fine as int32 allows: a lane sums 8 products, and
-constexpr float kCodeUnit = 8191.0f;  // 8 * 8191 * 32767 < 2^31
-constexpr float kTiniest = 1e-28f;    // below, scales come near float32's subnormals
+constexpr float kXMax = 32767.0f;       // as fine as int32 allows: a lane sums 8 products, and
+constexpr float kCodeUnit = 8191.0f;    // 8 * 8191 * 32767 < 2^31
+constexpr float kTiniest = 1e-28f;      // below, scales come near float32's subnormals
+constexpr float kOutlier = 1.0f / 128;  // of a block's largest magnitude: still as fine as bfloat16
 
 struct Row {
   const int16_t* integers;  // [run][4 vectors][16], the integer route
@@ -115,6 +116,20 @@ bool split_integers(const Job& job, int i) {
     most = _mm_max_ps(most, _mm_movehl_ps(most, most));
     const float largest = _mm_cvtss_f32(_mm_max_ss(most, _mm_shuffle_ps(most, most, 1)));
     if (largest != 0.0f && largest < kTiniest) return false;
+    // One outlier takes the others' bits: where most of the block's nonzero values lie far below largest / 128,
+    // the step of the integers would be coarser for them than bfloat16 is.
+    const __m256 clip = _mm256_set1_ps(largest * kOutlier);
+    __m256 clipped = _mm256_setzero_ps();
+    for (int v = 0; v < 8; ++v) {
+      const __m256 zero = _mm256_cmp_ps(f[v], _mm256_setzero_ps(), _CMP_EQ_OQ);
+      clipped = _mm256_add_ps(clipped,
+                              _mm256_blendv_ps(_mm256_min_ps(_mm256_and_ps(f[v], magnitude), clip), clip, zero));
+    }
+    alignas(32) float lanes[8];
+    _mm256_store_ps(lanes, clipped);
+    float total = 0.0f;
+    for (float lane : lanes) total += lane;
+    if (total < 16.0f * largest * kOutlier) return false;
     const __m256 inverse = _mm256_set1_ps(largest == 0.0f ? 0.0f : kXMax / largest);
     scales[run] = largest / (kXMax * kCodeUnit);
     for (int v = 0; v < 4; ++v) {

@@ -19,9 +19,10 @@ constexpr int kMaxRows = 8;
 constexpr int64_t kRun = 128;       // columns of 64 packed bytes
 constexpr int64_t kChunkRuns = 32;  // scales are decoded for so many runs at a time
 constexpr int64_t kChunkScales = kChunkRuns * kRun / kMinBlocksize + 32;
-constexpr float kXMax = 32767.0f;     // as fine as int32 allows: a lane sums 8 products, and
-constexpr float kCodeUnit = 8191.0f;  // 8 * 8191 * 32767 < 2^31
-constexpr float kTiniest = 1e-28f;    // below, scales come near float32's subnormals
+constexpr float kXMax = 32767.0f;       // as fine as int32 allows: a lane sums 8 products, and
+constexpr float kCodeUnit = 8191.0f;    // 8 * 8191 * 32767 < 2^31
+constexpr float kTiniest = 1e-28f;      // below, scales come near float32's subnormals
+constexpr float kOutlier = 1.0f / 128;  // of a block's largest magnitude: still as fine as bfloat16
 
 struct Row {
   const int16_t* integers;  // [run][4 look-ups][32], the integer route
@@ -82,6 +83,15 @@ bool split_integers(const Job& job, int i) {
                                        _mm512_add_ps(_mm512_sub_ps(g[2], g[2]), _mm512_sub_ps(g[3], g[3])));
       if (_mm512_cmp_ps_mask(odd, _mm512_setzero_ps(), _CMP_NEQ_UQ) != 0) return false;
       if (top != 0.0f && top < kTiniest) return false;
+      // One outlier takes the others' bits: where most of the block's nonzero values lie far below top / 128, the
+      // step of the integers would be coarser for them than bfloat16 is.
+      const __m512 clip = _mm512_set1_ps(top * kOutlier);
+      __m512 clipped = _mm512_setzero_ps();
+      for (int v = 0; v < 4; ++v) {
+        const __mmask16 zero = _mm512_cmp_ps_mask(g[v], _mm512_setzero_ps(), _CMP_EQ_OQ);
+        clipped = _mm512_add_ps(clipped, _mm512_mask_mov_ps(_mm512_min_ps(_mm512_abs_ps(g[v]), clip), zero, clip));
+      }
+      if (_mm512_reduce_add_ps(clipped) < 16.0f * top * kOutlier) return false;
       const __m512 inverse = _mm512_set1_ps(top == 0.0f ? 0.0f : kXMax / top);
       const __m512 scale = _mm512_set1_ps(top / (kXMax * kCodeUnit));
       _mm512_mask_storeu_ps(scales + run * 16, half == 0 ? 0x00ff : 0xff00, scale);
