@@ -176,7 +176,7 @@ def test_outliers_in_x(isa: str, dtype: torch.dtype, m: int) -> None:
 @pytest.mark.parametrize("m", [1, 5])
 @pytest.mark.parametrize("outlier", [1e3, 3e4])
 def test_outlier_on_a_column_that_hardly_counts(isa: str, outlier: float, m: int) -> None:
-    # The weights of the outlier's column are zero: what is left is how well its neighbours survived beside it.
+    # The outlier's column of W is zero: what is left is how well its neighbours survived beside it.
     torch.manual_seed(m)
     x = torch.randn(m, 256, dtype=torch.bfloat16)
     x[:, 70] = outlier
