@@ -188,6 +188,9 @@ void integer_pass(const Job& job, const Row* rows, int64_t n0, __m512 (&sums)[kO
       for (int o = 0; o < kOut; ++o) {
         const int64_t flat = (n0 + o) * w.k + run * kRun;
         const uint8_t* bytes = w.packed + (n0 + o) * bytes_per_row + run * 64;
+        // The rows that come next, while these are worked on: each is a stream too short for the hardware to
+        // follow.
+        if (n0 + o + 2 * kOut < w.n) __builtin_prefetch(bytes + 2 * kOut * bytes_per_row);
         const __m512i words = (run + 1) * kRun <= w.k
                                   ? _mm512_loadu_si512(bytes)
                                   : _mm512_maskz_loadu_epi8(mask64((w.k - run * kRun) / 2), bytes);
