@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastlora import ops
+from fastlora import isa as levels
 
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
 
@@ -24,9 +24,9 @@ def format_isa(request):
 
 
 def _forced(request):
-    if request.param not in ops.available_isas():
+    if request.param not in levels.available_isas():
         pytest.skip(f"this machine cannot run level {request.param}")
-    with ops.use_isa(request.param):
+    with levels.use_isa(request.param):
         yield request.param
 
 

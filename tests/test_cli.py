@@ -51,7 +51,7 @@ def test_what_is_missing_comes_with_the_reason(monkeypatch):
         raise metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(info.metadata, "version", version)
-    monkeypatch.setattr(info.ops, "available_isas", lambda: ["scalar"])
+    monkeypatch.setattr(info.isa, "available_isas", lambda: ["scalar"])
     facts = json.loads(run("info", "--json"))
     assert facts["packages"] == dict.fromkeys(info.OPTIONAL)
     for package in info.OPTIONAL:

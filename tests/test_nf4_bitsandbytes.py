@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from fastlora import NF4Weight, ops, quantize_nf4, reference
+from fastlora import NF4Weight, checks, quantize_nf4, reference
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
 
@@ -64,7 +64,7 @@ def hard_case(shape, dtype, blocksize):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("blocksize", ops.BLOCKSIZES)
+@pytest.mark.parametrize("blocksize", checks.BLOCKSIZES)
 def test_same_codes_and_absmax(format_isa, blocksize, dtype):
     for shape in ((64, 64), (5, 123), (7,), (3, 5, 7), (16, 4304), (33, 129), (1, 8193)):
         weight, packed, absmax = hard_case(shape, dtype, blocksize)
@@ -79,7 +79,7 @@ def test_same_codes_and_absmax(format_isa, blocksize, dtype):
         lambda s: torch.Size(s).numel() < 20000
     ),
     dtype=st.sampled_from(DTYPES),
-    blocksize=st.sampled_from(ops.BLOCKSIZES),
+    blocksize=st.sampled_from(checks.BLOCKSIZES),
     nested=st.booleans(),
     exponent=st.integers(-37, 37),
     seed=st.integers(0, 2**31),

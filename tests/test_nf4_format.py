@@ -8,7 +8,8 @@ import torch
 from bits import DTYPES, assert_same_bits
 
 import fastlora
-from fastlora import NF4Weight, ops, quantize_nf4
+from fastlora import NF4Weight, quantize_nf4
+from fastlora import isa as levels
 
 
 def randn(*shape, dtype=torch.float32, seed=0):
@@ -305,9 +306,15 @@ def test_moving_to_a_dtype_is_refused():
 
 def test_levels_are_named_and_checked():
     assert fastlora.current_isa() in fastlora.available_isas()
-    with pytest.raises(ValueError, match=r"isa: expected one of scalar, .*, got 'sse9'"), ops.use_isa("sse9"):
+    with (
+        pytest.raises(ValueError, match=r"isa: expected one of scalar, .*, got 'sse9'"),
+        levels.use_isa("sse9"),
+    ):
         pass
-    missing = [name for name in ops._LEVELS if name not in ops.available_isas()]
+    missing = [name for name in levels.LEVELS if name not in levels.available_isas()]
     for name in missing:
-        with pytest.raises(RuntimeError, match=rf"isa: level '{name}' is not available"), ops.use_isa(name):
+        with (
+            pytest.raises(RuntimeError, match=rf"isa: level '{name}' is not available"),
+            levels.use_isa(name),
+        ):
             pass

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import fastlora
-from fastlora import ops, reference
+from fastlora import checks, reference
 
 # Rows that are whole blocks, rows that blocks straddle, odd rows (whose nibbles pad, row by row), one row,
 # fewer elements than a block, and more than one work item of 65,536 elements in either direction.
@@ -70,7 +70,7 @@ def test_equals_the_reference(format_isa, shape, dtype):
         expected(shape, dtype, blocksize, len(shape) + shape[0]).check()
 
 
-@pytest.mark.parametrize("blocksize", ops.BLOCKSIZES)
+@pytest.mark.parametrize("blocksize", checks.BLOCKSIZES)
 def test_every_block_size(format_isa, blocksize):
     for shape in ((3, blocksize), (blocksize + 1, 31), (1, 3 * blocksize - 2)):
         expected(shape, torch.bfloat16, blocksize, blocksize).check()
@@ -82,7 +82,7 @@ def test_every_block_size(format_isa, blocksize):
         lambda s: torch.Size(s).numel() < 20000
     ),
     dtype=st.sampled_from(DTYPES),
-    blocksize=st.sampled_from(ops.BLOCKSIZES),
+    blocksize=st.sampled_from(checks.BLOCKSIZES),
     seed=st.integers(0, 2**31),
 )
 def test_any_shape(format_isa, shape, dtype, blocksize, seed):

@@ -13,7 +13,8 @@ from linear_cases import FLOATS, Case, Inputs, cases, make_inputs
 from tolerances import DENSE_FACTOR, TOLERANCES, assert_within, linear_bound, relative_error
 from torch import Tensor
 
-from fastlora import ops, quantize_nf4, reference
+from fastlora import checks, quantize_nf4, reference
+from fastlora import isa as levels
 
 op = torch.ops.fastlora
 
@@ -82,7 +83,7 @@ def test_chunks_and_empty_contractions(isa: str, case: Case) -> None:
         n=st.integers(1, 140),
         k=st.integers(1, 300),
         r=st.integers(0, 40),
-        blocksize=st.sampled_from(ops.BLOCKSIZES),
+        blocksize=st.sampled_from(checks.BLOCKSIZES),
         dtype=st.sampled_from(FLOATS),
         float32_adapters=st.booleans(),
         double_quant=st.booleans(),
@@ -92,8 +93,8 @@ def test_chunks_and_empty_contractions(isa: str, case: Case) -> None:
 )
 def test_matches_reference_on_any_shape(case: Case) -> None:
     expected = prepare(case, 3)
-    for name in ops.available_isas():
-        with ops.use_isa(name):
+    for name in levels.available_isas():
+        with levels.use_isa(name):
             check(case, expected)
 
 

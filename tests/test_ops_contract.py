@@ -13,7 +13,7 @@ import torch
 from linear_cases import FLOATS, Case, make_inputs, make_weight
 from torch import Tensor
 
-from fastlora import ops
+from fastlora import isa as levels
 
 op = torch.ops.fastlora
 M, N, K, R = 3, 33, 70, 4
@@ -244,33 +244,33 @@ def test_a_rank_of_zero_is_no_adapter(dtype: torch.dtype) -> None:
 
 
 def test_levels_have_names() -> None:
-    assert tuple(ops._LEVELS) == ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
-    assert ops.available_isas()[0] == "scalar"
-    assert ops.current_isa() in ops.available_isas()
-    assert ops.current_isa() != "amx_emulated" or os.environ.get("FASTLORA_ISA") == "amx_emulated"
+    assert tuple(levels.LEVELS) == ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
+    assert levels.available_isas()[0] == "scalar"
+    assert levels.current_isa() in levels.available_isas()
+    assert levels.current_isa() != "amx_emulated" or os.environ.get("FASTLORA_ISA") == "amx_emulated"
 
 
 def test_use_isa_forces_a_level_and_puts_the_old_one_back() -> None:
-    before = ops.current_isa()
+    before = levels.current_isa()
 
     def fail() -> None:
-        assert ops.current_isa() == "scalar"
+        assert levels.current_isa() == "scalar"
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), ops.use_isa("scalar"):
+    with pytest.raises(ZeroDivisionError), levels.use_isa("scalar"):
         fail()
-    assert ops.current_isa() == before
+    assert levels.current_isa() == before
 
 
 def test_unknown_level() -> None:
     message = "isa: expected one of scalar, avx2, avx512, avx512_bf16, amx, amx_emulated, got 'sse9'"
-    with pytest.raises(ValueError, match=f"^{message}$"), ops.use_isa("sse9"):
+    with pytest.raises(ValueError, match=f"^{message}$"), levels.use_isa("sse9"):
         pass
 
 
 @pytest.fixture(scope="module")
 def missing_level() -> str:
-    missing = [name for name in ops._LEVELS if name not in ops.available_isas()]
+    missing = [name for name in levels.LEVELS if name not in levels.available_isas()]
     if not missing:
         pytest.skip("this machine has every level")
     return missing[0]
@@ -279,13 +279,13 @@ def missing_level() -> str:
 def test_a_level_the_machine_lacks(missing_level: str) -> None:
     with (
         pytest.raises(RuntimeError, match=f"^isa: level '{missing_level}' is not available on this machine"),
-        ops.use_isa(missing_level),
+        levels.use_isa(missing_level),
     ):
         pass
 
 
 def run_with_level(level: str) -> subprocess.CompletedProcess:
-    code = "from fastlora import ops; print(ops.current_isa())"
+    code = "from fastlora import isa; print(isa.current_isa())"
     environment = os.environ | {"FASTLORA_ISA": level}
     return subprocess.run(
         [sys.executable, "-c", code],

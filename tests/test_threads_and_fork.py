@@ -12,7 +12,7 @@ import torch
 from linear_cases import Case, Inputs, make_inputs
 from torch.utils.data import DataLoader, Dataset
 
-from fastlora import ops
+from fastlora import isa as levels
 
 op = torch.ops.fastlora
 
@@ -118,8 +118,8 @@ def test_data_loader_workers(two_threads: None) -> None:
 
 def test_levels_are_forced_for_the_process_not_the_thread() -> None:
     seen = []
-    with ops.use_isa("scalar"):
-        thread = threading.Thread(target=lambda: seen.append(ops.current_isa()))
+    with levels.use_isa("scalar"):
+        thread = threading.Thread(target=lambda: seen.append(levels.current_isa()))
         thread.start()
         thread.join()
     assert seen == ["scalar"]

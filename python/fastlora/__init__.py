@@ -5,9 +5,9 @@ from .adapters import load_adapter, save_adapter
 from .autograd import nf4_linear
 from .conversion_report import ConversionReport
 from .convert import convert
+from .isa import available_isas, current_isa, use_isa
 from .linear import QLinear
 from .nf4 import NF4Weight, quantize_nf4
-from .ops import available_isas, current_isa, use_isa
 
 __all__ = [
     "ConversionReport",

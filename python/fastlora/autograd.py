@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import checks, ops  # noqa: F401  (ops registers torch.ops.fastlora)
 from .nf4 import NF4Weight
 
 _linear = torch.ops.fastlora.nf4_linear.default
@@ -94,7 +94,7 @@ def linear_from_parts(
 ) -> Tensor:
     """:func:`nf4_linear` over the weight's three tensors (storage as in ops.py)."""
     device_type = x.device.type
-    if _autocast_is_on(device_type) and x.dtype in ops._DTYPE_CODE:
+    if _autocast_is_on(device_type) and x.dtype in checks.DTYPE_CODE:
         dtype = torch.get_autocast_dtype(device_type)
         x = x.to(dtype)
         bias = None if bias is None else bias.to(dtype)
@@ -134,7 +134,7 @@ def _forward_dropped(
 ) -> tuple[Tensor, Tensor]:
     """(y, u) where only the low-rank term sees the dropped x."""
     # The op below checks again, but the matrix product before it would fail less clearly.
-    ops._check_linear("nf4_linear", x, packed, scales, nested, blocksize, bias, lora_a, lora_b)
+    checks.check_linear("nf4_linear", x, packed, scales, nested, blocksize, bias, lora_a, lora_b)
     assert lora_a is not None
     assert lora_b is not None
     dropped = _dropout(x, seed, dropout)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import ops
+from . import checks
 from .conversion_report import ConversionReport, ConvertedLayer, SkippedLayer
 from .linear import QLinear, check_arguments
 
@@ -212,7 +212,7 @@ def _unconvertible(model: nn.Module, module: nn.Module, paths: list[str]) -> str
         return f"a {type(module).__name__}, which may compute in its own way"
     if not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "its weight is computed, not stored"
-    if module.weight.dtype not in ops._DTYPE_CODE:
+    if module.weight.dtype not in checks.DTYPE_CODE:
         return f"its weight is {module.weight.dtype}, not float32, bfloat16 or float16"
     if module.weight.numel() == 0:
         return "its weight is empty"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import _C, ops
+from . import _C, isa
 
 # Package -> what it adds.
 OPTIONAL = {
@@ -31,7 +31,7 @@ _NEEDS = {
 def collect() -> dict[str, Any]:
     """The facts as JSON-ready values; "missing" maps what is not there to the reason."""
     levels = [_C.isa_name(i) for i in range(_C.isa_count)]
-    available = ops.available_isas()
+    available = isa.available_isas()
     missing: dict[str, str] = {}
     for level in levels:
         if level not in available:
@@ -55,7 +55,7 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "torch": torch.__version__,
-        "level": ops.current_isa(),
+        "level": isa.current_isa(),
         "level_forced_by": "FASTLORA_ISA" if os.environ.get("FASTLORA_ISA") else None,
         "levels_available": available,
         "threads": torch.get_num_threads(),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import checks
 from .autograd import linear_from_parts
 from .nf4 import NF4Weight, quantize_nf4
 
@@ -81,7 +81,7 @@ class QLinear(nn.Linear):
         self._unmerged: tuple[Tensor | None, ...] | None = None  # the base while merged
 
         blocks = -(-in_features * out_features // blocksize)
-        groups = -(-blocks // ops.NESTED_BLOCKSIZE)
+        groups = -(-blocks // checks.NESTED_BLOCKSIZE)
 
         def frozen(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), requires_grad=False)
@@ -121,7 +121,7 @@ class QLinear(nn.Linear):
         dense = getattr(linear, "weight", None)
         if not isinstance(linear, nn.Linear) or not isinstance(dense, Tensor) or isinstance(linear, QLinear):
             raise TypeError(f"QLinear.from_linear: expected a torch.nn.Linear, got {type(linear).__name__}")
-        if dense.dim() != 2 or dense.dtype not in ops._DTYPE_CODE:
+        if dense.dim() != 2 or dense.dtype not in checks.DTYPE_CODE:
             raise TypeError(
                 "QLinear.from_linear: expected a matrix of float32, bfloat16 or float16 for a weight, got "
                 f"{tuple(dense.shape)} of {dense.dtype}"
@@ -382,7 +382,7 @@ def check_arguments(
         raise ValueError(f"QLinear: expected a finite alpha, got {alpha}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"QLinear: expected dropout in [0, 1), got {dropout}")
-    ops._check_blocksize("QLinear", blocksize)
+    checks.check_blocksize("QLinear", blocksize)
     for name, dt in (("dtype", dtype), ("adapter_dtype", adapter_dtype)):
-        if dt not in ops._DTYPE_CODE:
+        if dt not in checks.DTYPE_CODE:
             raise TypeError(f"QLinear: expected {name} float32, bfloat16 or float16, got {dt}")

@@ -14,7 +14,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from . import ops
+from . import checks, ops  # noqa: F401  (ops registers torch.ops.fastlora)
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -54,7 +54,7 @@ class NF4Weight:
                 f"NF4Weight: expected packed of shape {want} for a weight of shape {tuple(self.shape)}, "
                 f"got {tuple(self.packed.shape)}"
             )
-        ops._check_weight(
+        checks.check_weight(
             "NF4Weight",
             self._packed_2d,
             self.scales,

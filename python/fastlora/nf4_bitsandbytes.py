@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import checks, ops
 
 if TYPE_CHECKING:
     from .nf4 import NF4Weight
@@ -97,8 +97,8 @@ def read(
     if not state:
         problems.append(f"{key}{_STATE}nf4 is missing")
     blocksize, shape, dtype_name = entry("blocksize", int), entry("shape", list), entry("dtype", str)
-    if blocksize is not None and blocksize not in ops.BLOCKSIZES:
-        problems.append(f"blocksize is {blocksize}, expected one of {ops.BLOCKSIZES}")
+    if blocksize is not None and blocksize not in checks.BLOCKSIZES:
+        problems.append(f"blocksize is {blocksize}, expected one of {checks.BLOCKSIZES}")
         blocksize = None
     if shape is not None and not (shape and all(type(s) is int and s >= 0 for s in shape)):
         problems.append(f"shape is {shape}, expected at least one size")
@@ -141,7 +141,7 @@ def read(
     if scale2 is None or map2 is None:
         return packed, codes.float().contiguous().view(torch.uint8), None, *common
     second = torch.cat((scale2.new_tensor([offset], dtype=torch.float32), scale2.float()))
-    same_blocks = nested_blocksize == ops.NESTED_BLOCKSIZE and map2.dtype == torch.float32
+    same_blocks = nested_blocksize == checks.NESTED_BLOCKSIZE and map2.dtype == torch.float32
     if same_blocks and _same_map(map2, ops.nf4_dynamic_map()):
         return packed, codes.contiguous(), second.view(torch.uint8), *common
     # Another second level than ours: decode it, in the two float32 roundings that bitsandbytes makes.
@@ -177,7 +177,7 @@ def write(weight: NF4Weight, prefix: str) -> dict[str, Tensor]:
         second = _as_float32(weight.nested)
         out[f"{key}.absmax"] = weight.scales
         state |= {
-            "nested_blocksize": ops.NESTED_BLOCKSIZE,
+            "nested_blocksize": checks.NESTED_BLOCKSIZE,
             "nested_dtype": "float32",
             "nested_offset": float(second[0]),
         }

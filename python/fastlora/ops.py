@@ -14,19 +14,28 @@ Storage conventions shared by all ops (see fastlora/nf4.h):
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _C
+from .checks import (
+    DTYPE_CODE,
+    NESTED_BLOCKSIZE,
+    block_count,
+    check_activation,
+    check_blocksize,
+    check_float,
+    check_linear,
+    check_lora,
+    check_same_device,
+    check_shape,
+    check_weight,
+)
+from .isa import level
 
-BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-NESTED_BLOCKSIZE = 256
-_DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STATUS = {
     1: (ValueError, "the kernel refused its arguments"),
     2: (MemoryError, "no memory for the kernel's scratch buffer"),
@@ -34,180 +43,15 @@ _STATUS = {
     4: (ValueError, "the weight holds NaN or Inf"),
 }
 
-# --- instruction-set level ------------------------------------------------------------------------------
 
-_LEVELS = {_C.isa_name(i): i for i in range(_C.isa_count)}
-
-
-def _level_code(name: str) -> int:
-    if name not in _LEVELS:
-        raise ValueError(f"isa: expected one of {', '.join(_LEVELS)}, got {name!r}")
-    code = _LEVELS[name]
-    if not _C.isa_available(code):
-        raise RuntimeError(
-            f"isa: level {name!r} is not available on this machine (the best one here is "
-            f"{_C.isa_name(_C.best_isa())!r})"
-        )
-    return code
-
-
-_isa: int = _level_code(os.environ["FASTLORA_ISA"]) if os.environ.get("FASTLORA_ISA") else _C.best_isa()
-
-
-def current_isa() -> str:
-    """The instruction-set level in force: the best one, ``FASTLORA_ISA``, or what :func:`use_isa` set."""
-    return _C.isa_name(_isa)
-
-
-def available_isas() -> list[str]:
-    """The levels this machine can run, lowest first (``amx_emulated`` is for tests)."""
-    return [name for name, code in _LEVELS.items() if _C.isa_available(code)]
-
-
-@contextmanager
-def use_isa(name: str) -> Iterator[None]:
-    """Force an instruction-set level for the calls inside, process-wide. ValueError for an unknown name,
-    RuntimeError for a level this machine lacks."""
-    global _isa  # noqa: PLW0603
-    previous, _isa = _isa, _level_code(name)
-    try:
-        yield
-    finally:
-        _isa = previous
-
-
-# --- checks ----------------------------------------------------------------------------------------------
-
-
-def _blocks(count: int, blocksize: int) -> int:
-    return -(-count // blocksize)
+def _ptr(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def _raise_status(op: str, status: int) -> None:
     kind, text = _STATUS.get(status, (RuntimeError, f"status {status}"))
     raise kind(f"{op}: {text}")
 
-
-def _check_float(op: str, name: str, t: Tensor) -> None:
-    if t.dtype not in _DTYPE_CODE:
-        raise TypeError(f"{op}: expected {name} in float32, bfloat16 or float16, got {t.dtype}")
-
-
-def _check_blocksize(op: str, blocksize: int) -> None:
-    if blocksize not in BLOCKSIZES:
-        raise ValueError(f"{op}: expected blocksize in {BLOCKSIZES}, got {blocksize}")
-
-
-def _check_shape(op: str, name: str, t: Tensor, shape: tuple[int, ...], why: str, *values: object) -> None:
-    """`why` is formatted with `values` only when it is needed: these checks run at every call."""
-    if t.shape != shape:
-        reason = why.format(*values)
-        raise ValueError(f"{op}: expected {name} of shape {tuple(shape)} ({reason}), got {tuple(t.shape)}")
-
-
-def _check_bytes(op: str, name: str, t: Tensor, device: torch.device) -> None:
-    if t.dtype is not torch.uint8:
-        raise TypeError(f"{op}: expected {name} in uint8, got {t.dtype}")
-    if t.device != device:
-        raise RuntimeError(f"{op}: expected {name} on {device}, got {t.device}")
-
-
-def _check_same_device(op: str, name: str, t: Tensor, device: torch.device) -> None:
-    if t.device != device:
-        raise RuntimeError(f"{op}: expected {name} on {device}, got {t.device}")
-
-
-def _check_weight(
-    op: str,
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    rows: int,
-    cols: int,
-    blocksize: int,
-    device: torch.device,
-) -> None:
-    """The three tensors of a (rows, cols) NF4 weight."""
-    _check_blocksize(op, blocksize)
-    _check_bytes(op, "packed", packed, device)
-    _check_bytes(op, "scales", scales, device)
-    _check_shape(op, "packed", packed, (rows, (cols + 1) // 2), "a weight of {} x {}", rows, cols)
-    blocks = _blocks(rows * cols, blocksize)
-    if nested is None:
-        _check_shape(op, "scales", scales, (4 * blocks,), "{} blocks, 4 bytes each", blocks)
-        return
-    _check_bytes(op, "nested", nested, device)
-    _check_shape(op, "scales", scales, (blocks,), "{} blocks, one byte each", blocks)
-    groups = _blocks(blocks, NESTED_BLOCKSIZE)
-    _check_shape(op, "nested", nested, (4 * (1 + groups),), "an offset and {} scales of 4 bytes", groups)
-
-
-def _check_activation(op: str, name: str, t: Tensor, features: int, what: str) -> None:
-    _check_float(op, name, t)
-    if t.dim() < 1 or t.shape[-1] != features:
-        raise ValueError(
-            f"{op}: expected {name} of shape (..., {features}) to match {what}, got {tuple(t.shape)}"
-        )
-
-
-def _check_lora(
-    op: str, lora_a: Tensor | None, lora_b: Tensor | None, n: int, k: int, device: torch.device
-) -> int:
-    """Returns the rank (0 without adapters)."""
-    if lora_a is None and lora_b is None:
-        return 0
-    if lora_a is None or lora_b is None:
-        raise ValueError(f"{op}: expected lora_a and lora_b together, got only one of them")
-    _check_float(op, "lora_a", lora_a)
-    if lora_b.dtype is not lora_a.dtype:
-        raise TypeError(f"{op}: expected lora_b in lora_a's dtype {lora_a.dtype}, got {lora_b.dtype}")
-    _check_same_device(op, "lora_a", lora_a, device)
-    _check_same_device(op, "lora_b", lora_b, device)
-    shape = lora_a.shape
-    if len(shape) != 2 or shape[1] != k:
-        raise ValueError(f"{op}: expected lora_a of shape (r, {k}), got {tuple(shape)}")
-    _check_shape(op, "lora_b", lora_b, (n, shape[0]), "{} out_features, rank {}", n, shape[0])
-    return shape[0]
-
-
-def _check_linear(
-    op: str,
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    blocksize: int,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-) -> tuple[int, int, int]:
-    """Returns (n, k, r)."""
-    _check_float(op, "x", x)
-    lead, shape, device = x.shape, packed.shape, x.device
-    if not lead:
-        raise ValueError(f"{op}: expected x of shape (..., in_features), got a 0-dimensional tensor")
-    if len(shape) != 2:
-        raise ValueError(f"{op}: expected packed of shape (n, ceil(k / 2)), got {tuple(shape)}")
-    n, k = shape[0], lead[-1]
-    if shape[1] != (k + 1) // 2:
-        raise ValueError(
-            f"{op}: expected x of shape (..., k) with ceil(k / 2) = {shape[1]} to match packed "
-            f"{tuple(shape)}, got {tuple(lead)}"
-        )
-    _check_weight(op, packed, scales, nested, n, k, blocksize, device)
-    if bias is not None:
-        if bias.dtype is not x.dtype:
-            raise TypeError(f"{op}: expected bias in x's dtype {x.dtype}, got {bias.dtype}")
-        _check_same_device(op, "bias", bias, device)
-        _check_shape(op, "bias", bias, (n,), "out_features")
-    return n, k, _check_lora(op, lora_a, lora_b, n, k, device)
-
-
-def _ptr(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-# --- the ops ----------------------------------------------------------------------------------------------
 
 _lib = torch.library.Library("fastlora", "DEF")
 
@@ -231,12 +75,12 @@ def _register(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) ->
 
 
 def _quantize_shapes(weight: Tensor, blocksize: int, double_quant: bool) -> tuple[list[int], int, int]:
-    _check_float("nf4_quantize", "weight", weight)
-    _check_blocksize("nf4_quantize", blocksize)
+    check_float("nf4_quantize", "weight", weight)
+    check_blocksize("nf4_quantize", blocksize)
     if weight.dim() < 1:
         raise ValueError("nf4_quantize: expected a weight of at least one dimension, got a scalar")
-    blocks = _blocks(weight.numel(), blocksize)
-    nested = 4 * (1 + _blocks(blocks, NESTED_BLOCKSIZE)) if double_quant else 0
+    blocks = block_count(weight.numel(), blocksize)
+    nested = 4 * (1 + block_count(blocks, NESTED_BLOCKSIZE)) if double_quant else 0
     return [*weight.shape[:-1], (weight.shape[-1] + 1) // 2], blocks, nested
 
 
@@ -249,8 +93,8 @@ def _nf4_quantize_cpu(weight: Tensor, blocksize: int, double_quant: bool) -> tup
     absmax = torch.empty(blocks, dtype=torch.float32)
     threads = torch.get_num_threads()
     status = _C.nf4_quantize(
-        weight.data_ptr(), _DTYPE_CODE[weight.dtype], rows, cols, blocksize, packed.data_ptr(),
-        absmax.data_ptr(), threads, _isa,
+        weight.data_ptr(), DTYPE_CODE[weight.dtype], rows, cols, blocksize, packed.data_ptr(),
+        absmax.data_ptr(), threads, level(),
     )  # fmt: skip
     if status == 4:
         bad = ~torch.isfinite(weight)
@@ -297,15 +141,15 @@ def _check_scales(scales: Tensor, nested: Tensor | None) -> int:
             continue
         if t.dtype != torch.uint8:
             raise TypeError(f"{op}: expected {name} in uint8, got {t.dtype}")
-        _check_same_device(op, name, t, scales.device)
+        check_same_device(op, name, t, scales.device)
         if t.dim() != 1:
             raise ValueError(f"{op}: expected {name} of one dimension, got shape {tuple(t.shape)}")
     if nested is None:
         if scales.shape[0] % 4:
             raise ValueError(f"{op}: expected scales of 4 bytes a block, got {scales.shape[0]} bytes")
         return scales.shape[0] // 4
-    groups = _blocks(scales.shape[0], NESTED_BLOCKSIZE)
-    _check_shape(op, "nested", nested, (4 * (1 + groups),), "an offset and {} scales of 4 bytes", groups)
+    groups = block_count(scales.shape[0], NESTED_BLOCKSIZE)
+    check_shape(op, "nested", nested, (4 * (1 + groups),), "an offset and {} scales of 4 bytes", groups)
     return scales.shape[0]
 
 
@@ -350,11 +194,11 @@ def _check_dequantize(
     packed: Tensor, scales: Tensor, nested: Tensor | None, cols: int, blocksize: int, dtype: torch.dtype
 ) -> int:
     op = "nf4_dequantize"
-    if dtype not in _DTYPE_CODE:
+    if dtype not in DTYPE_CODE:
         raise TypeError(f"{op}: expected dtype float32, bfloat16 or float16, got {dtype}")
     if packed.dim() != 2:
         raise ValueError(f"{op}: expected packed of shape (n, ceil(k / 2)), got {tuple(packed.shape)}")
-    _check_weight(op, packed, scales, nested, packed.shape[0], cols, blocksize, packed.device)
+    check_weight(op, packed, scales, nested, packed.shape[0], cols, blocksize, packed.device)
     return packed.shape[0]
 
 
@@ -367,7 +211,7 @@ def _nf4_dequantize_cpu(
     out = torch.empty((rows, cols), dtype=dtype)
     status = _C.nf4_dequantize(
         packed.data_ptr(), scales.data_ptr(), _ptr(nested), rows, cols, blocksize, out.data_ptr(),
-        _DTYPE_CODE[dtype], torch.get_num_threads(), _isa,
+        DTYPE_CODE[dtype], torch.get_num_threads(), level(),
     )  # fmt: skip
     if status:
         _raise_status("nf4_dequantize", status)
@@ -402,7 +246,7 @@ def _run_linear(
     scaling: float,
 ) -> tuple[Tensor, Tensor | None]:
     """(y, u), u None at rank 0."""
-    n, k, r = _check_linear(op, x, packed, scales, nested, blocksize, bias, lora_a, lora_b)
+    n, k, r = check_linear(op, x, packed, scales, nested, blocksize, bias, lora_a, lora_b)
     # Contiguous copies are bound to names so that they outlive the call: an address keeps nothing alive.
     x, packed, scales = x.contiguous(), packed.contiguous(), scales.contiguous()
     nested = None if nested is None else nested.contiguous()
@@ -418,8 +262,8 @@ def _run_linear(
     u = (torch.empty if k else torch.zeros)(*lead, r, dtype=x.dtype) if r else None
     status = _C.nf4_linear(
         x.data_ptr(), packed.data_ptr(), scales.data_ptr(), _ptr(nested), _ptr(bias), _ptr(lora_a),
-        _ptr(lora_b), _ptr(u), y.data_ptr(), m, n, k, r, blocksize, scaling, _DTYPE_CODE[x.dtype],
-        _DTYPE_CODE[x.dtype if lora_a is None else lora_a.dtype], torch.get_num_threads(), _isa,
+        _ptr(lora_b), _ptr(u), y.data_ptr(), m, n, k, r, blocksize, scaling, DTYPE_CODE[x.dtype],
+        DTYPE_CODE[x.dtype if lora_a is None else lora_a.dtype], torch.get_num_threads(), level(),
     )  # fmt: skip
     if status:
         _raise_status(op, status)
@@ -451,7 +295,7 @@ def _nf4_linear_fake(
     lora_b: Tensor | None,
     scaling: float,
 ) -> Tensor:
-    n, _, _ = _check_linear("nf4_linear", x, packed, scales, nested, blocksize, bias, lora_a, lora_b)
+    n, _, _ = check_linear("nf4_linear", x, packed, scales, nested, blocksize, bias, lora_a, lora_b)
     return x.new_empty((*x.shape[:-1], n))
 
 
@@ -488,7 +332,7 @@ def _nf4_linear_with_u_fake(
     lora_b: Tensor | None,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    n, _, r = _check_linear("nf4_linear", x, packed, scales, nested, blocksize, bias, lora_a, lora_b)
+    n, _, r = check_linear("nf4_linear", x, packed, scales, nested, blocksize, bias, lora_a, lora_b)
     return x.new_empty((*x.shape[:-1], n)), x.new_empty((*x.shape[:-1], r))
 
 
@@ -510,17 +354,17 @@ def _check_given_u(
     bias: Tensor | None,
     lora_b: Tensor,
 ) -> tuple[int, int, int]:
-    n, k, _ = _check_linear(op, x, packed, scales, nested, blocksize, bias, None, None)
-    _check_float(op, "lora_b", lora_b)
+    n, k, _ = check_linear(op, x, packed, scales, nested, blocksize, bias, None, None)
+    check_float(op, "lora_b", lora_b)
     if u.dtype != x.dtype:
         raise TypeError(f"{op}: expected u in x's dtype {x.dtype}, got {u.dtype}")
-    _check_same_device(op, "u", u, x.device)
-    _check_same_device(op, "lora_b", lora_b, x.device)
+    check_same_device(op, "u", u, x.device)
+    check_same_device(op, "lora_b", lora_b, x.device)
     if u.dim() < 1:
         raise ValueError(f"{op}: expected u of shape (..., rank), got a 0-dimensional tensor")
     r = u.shape[-1]
-    _check_shape(op, "u", u, (*x.shape[:-1], r), "x's rows, rank")
-    _check_shape(op, "lora_b", lora_b, (n, r), "{} out_features, rank {}", n, r)
+    check_shape(op, "u", u, (*x.shape[:-1], r), "x's rows, rank")
+    check_shape(op, "lora_b", lora_b, (n, r), "{} out_features, rank {}", n, r)
     return n, k, r
 
 
@@ -545,8 +389,8 @@ def _nf4_linear_given_u_cpu(
     y = torch.empty((*lead, n), dtype=x.dtype)
     status = _C.nf4_linear(
         x.data_ptr(), packed.data_ptr(), scales.data_ptr(), _ptr(nested), _ptr(bias), 0, lora_b.data_ptr(),
-        u.data_ptr(), y.data_ptr(), lead.numel(), n, k, r, blocksize, scaling, _DTYPE_CODE[x.dtype],
-        _DTYPE_CODE[lora_b.dtype], torch.get_num_threads(), _isa,
+        u.data_ptr(), y.data_ptr(), lead.numel(), n, k, r, blocksize, scaling, DTYPE_CODE[x.dtype],
+        DTYPE_CODE[lora_b.dtype], torch.get_num_threads(), level(),
     )  # fmt: skip
     if status:
         _raise_status(op, status)
@@ -591,9 +435,9 @@ def _check_grad_input(
     if packed.dim() != 2:
         raise ValueError(f"{op}: expected packed of shape (n, ceil(k / 2)), got {tuple(packed.shape)}")
     n = packed.shape[0]
-    _check_activation(op, "dy", dy, n, "the weight's out_features")
-    _check_weight(op, packed, scales, nested, n, in_features, blocksize, dy.device)
-    return n, _check_lora(op, lora_a, lora_b, n, in_features, dy.device)
+    check_activation(op, "dy", dy, n, "the weight's out_features")
+    check_weight(op, packed, scales, nested, n, in_features, blocksize, dy.device)
+    return n, check_lora(op, lora_a, lora_b, n, in_features, dy.device)
 
 
 def _nf4_linear_grad_input_cpu(
@@ -618,8 +462,8 @@ def _nf4_linear_grad_input_cpu(
     status = _C.nf4_linear_grad_input(
         dy.data_ptr(), packed.data_ptr(), scales.data_ptr(), _ptr(nested), _ptr(lora_a), _ptr(lora_b),
         v.data_ptr(), dx.data_ptr(), lead.numel(), n, in_features, r, blocksize, scaling,
-        _DTYPE_CODE[dy.dtype], _DTYPE_CODE[dy.dtype if lora_a is None else lora_a.dtype],
-        torch.get_num_threads(), _isa,
+        DTYPE_CODE[dy.dtype], DTYPE_CODE[dy.dtype if lora_a is None else lora_a.dtype],
+        torch.get_num_threads(), level(),
     )  # fmt: skip
     if status:
         _raise_status("nf4_linear_grad_input", status)
@@ -650,12 +494,12 @@ _register(
 
 
 def _check_dropout(x: Tensor, seed: Tensor, p: float) -> None:
-    _check_float("lora_dropout", "x", x)
+    check_float("lora_dropout", "x", x)
     if seed.dtype != torch.int64 or seed.numel() != 1:
         raise TypeError(
             f"lora_dropout: expected seed as one int64, got {seed.dtype} of shape {tuple(seed.shape)}"
         )
-    _check_same_device("lora_dropout", "seed", seed, x.device)
+    check_same_device("lora_dropout", "seed", seed, x.device)
     if not 0.0 <= p < 1.0:
         raise ValueError(f"lora_dropout: expected p in [0, 1), got {p}")
 
@@ -666,7 +510,7 @@ def _lora_dropout_cpu(x: Tensor, seed: Tensor, p: float) -> Tensor:
     out = torch.empty_like(x)
     status = _C.lora_dropout(
         x.data_ptr(), out.data_ptr(), x.numel(), int(seed.item()) & 0xFFFFFFFFFFFFFFFF, p,
-        _DTYPE_CODE[x.dtype], torch.get_num_threads(),
+        DTYPE_CODE[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     if status:
         _raise_status("lora_dropout", status)

@@ -1,0 +1,133 @@
+"""What an op demands of its tensors: the same checks for real and traced ones, before anything is written.
+
+ValueError for shapes and values, TypeError for dtypes, RuntimeError for devices, as
+``<op>: expected <what>, got <value>``. They run at every call, so messages are made only when one is needed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCKSIZE = 256
+DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def block_count(count: int, blocksize: int) -> int:
+    return -(-count // blocksize)
+
+
+def check_float(op: str, name: str, t: Tensor) -> None:
+    if t.dtype not in DTYPE_CODE:
+        raise TypeError(f"{op}: expected {name} in float32, bfloat16 or float16, got {t.dtype}")
+
+
+def check_blocksize(op: str, blocksize: int) -> None:
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"{op}: expected blocksize in {BLOCKSIZES}, got {blocksize}")
+
+
+def check_shape(op: str, name: str, t: Tensor, shape: tuple[int, ...], why: str, *values: object) -> None:
+    """`why` is formatted with `values` only when it is needed: these checks run at every call."""
+    if t.shape != shape:
+        reason = why.format(*values)
+        raise ValueError(f"{op}: expected {name} of shape {tuple(shape)} ({reason}), got {tuple(t.shape)}")
+
+
+def check_bytes(op: str, name: str, t: Tensor, device: torch.device) -> None:
+    if t.dtype is not torch.uint8:
+        raise TypeError(f"{op}: expected {name} in uint8, got {t.dtype}")
+    if t.device != device:
+        raise RuntimeError(f"{op}: expected {name} on {device}, got {t.device}")
+
+
+def check_same_device(op: str, name: str, t: Tensor, device: torch.device) -> None:
+    if t.device != device:
+        raise RuntimeError(f"{op}: expected {name} on {device}, got {t.device}")
+
+
+def check_weight(
+    op: str,
+    packed: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    rows: int,
+    cols: int,
+    blocksize: int,
+    device: torch.device,
+) -> None:
+    """The three tensors of a (rows, cols) NF4 weight."""
+    check_blocksize(op, blocksize)
+    check_bytes(op, "packed", packed, device)
+    check_bytes(op, "scales", scales, device)
+    check_shape(op, "packed", packed, (rows, (cols + 1) // 2), "a weight of {} x {}", rows, cols)
+    blocks = block_count(rows * cols, blocksize)
+    if nested is None:
+        check_shape(op, "scales", scales, (4 * blocks,), "{} blocks, 4 bytes each", blocks)
+        return
+    check_bytes(op, "nested", nested, device)
+    check_shape(op, "scales", scales, (blocks,), "{} blocks, one byte each", blocks)
+    groups = block_count(blocks, NESTED_BLOCKSIZE)
+    check_shape(op, "nested", nested, (4 * (1 + groups),), "an offset and {} scales of 4 bytes", groups)
+
+
+def check_activation(op: str, name: str, t: Tensor, features: int, what: str) -> None:
+    check_float(op, name, t)
+    if t.dim() < 1 or t.shape[-1] != features:
+        raise ValueError(
+            f"{op}: expected {name} of shape (..., {features}) to match {what}, got {tuple(t.shape)}"
+        )
+
+
+def check_lora(
+    op: str, lora_a: Tensor | None, lora_b: Tensor | None, n: int, k: int, device: torch.device
+) -> int:
+    """Returns the rank (0 without adapters)."""
+    if lora_a is None and lora_b is None:
+        return 0
+    if lora_a is None or lora_b is None:
+        raise ValueError(f"{op}: expected lora_a and lora_b together, got only one of them")
+    check_float(op, "lora_a", lora_a)
+    if lora_b.dtype is not lora_a.dtype:
+        raise TypeError(f"{op}: expected lora_b in lora_a's dtype {lora_a.dtype}, got {lora_b.dtype}")
+    check_same_device(op, "lora_a", lora_a, device)
+    check_same_device(op, "lora_b", lora_b, device)
+    shape = lora_a.shape
+    if len(shape) != 2 or shape[1] != k:
+        raise ValueError(f"{op}: expected lora_a of shape (r, {k}), got {tuple(shape)}")
+    check_shape(op, "lora_b", lora_b, (n, shape[0]), "{} out_features, rank {}", n, shape[0])
+    return shape[0]
+
+
+def check_linear(
+    op: str,
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    blocksize: int,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+) -> tuple[int, int, int]:
+    """Returns (n, k, r)."""
+    check_float(op, "x", x)
+    lead, shape, device = x.shape, packed.shape, x.device
+    if not lead:
+        raise ValueError(f"{op}: expected x of shape (..., in_features), got a 0-dimensional tensor")
+    if len(shape) != 2:
+        raise ValueError(f"{op}: expected packed of shape (n, ceil(k / 2)), got {tuple(shape)}")
+    n, k = shape[0], lead[-1]
+    if shape[1] != (k + 1) // 2:
+        raise ValueError(
+            f"{op}: expected x of shape (..., k) with ceil(k / 2) = {shape[1]} to match packed "
+            f"{tuple(shape)}, got {tuple(lead)}"
+        )
+    check_weight(op, packed, scales, nested, n, k, blocksize, device)
+    if bias is not None:
+        if bias.dtype is not x.dtype:
+            raise TypeError(f"{op}: expected bias in x's dtype {x.dtype}, got {bias.dtype}")
+        check_same_device(op, "bias", bias, device)
+        check_shape(op, "bias", bias, (n,), "out_features")
+    return n, k, check_lora(op, lora_a, lora_b, n, k, device)
