@@ -31,6 +31,15 @@ constexpr int64_t kTileBytes = 1024;  // 16 items x 16 columns x 4 bytes
 constexpr int64_t kRowsAhead = 16;    // rows of W asked for ahead of their use where a fill walks down them
 constexpr int64_t kAbsmaxSlack = 16;  // floats readable past the last absmax of a row
 
+// Packed weights of one row, kRun columns of them, as a level's look-up takes them.
+struct Run {
+  const uint8_t* bytes;  // the run's first packed byte, `count` of them readable
+  int64_t count;
+  const float* absmax;  // of the run's first column; kAbsmaxSlack readable beyond the last
+  int32_t phase;        // the first column's place in its block
+  int shift;            // log2(blocksize)
+};
+
 // A dense stand-in for W: (n, k) row-major, multiplied by `scale` on the way in (lora_a, or s * lora_b).
 struct DenseRows {
   const void* data;
@@ -155,7 +164,7 @@ struct Gemm {
     const int64_t last_column = min64(k0 + kRun, w.k) - 1;
     const int64_t scale_bytes = w.scales.nested == nullptr ? 4 : 1;
     float absmax[2][kRun / kMinBlocksize + 2 + kAbsmaxSlack];
-    typename L::Run runs[2];
+    Run runs[2];
     uint8_t* to[kRunPanels];
     for (int64_t p = 0; p < panels; ++p) to[p] = out + panel_place(p, panels, blocks).offset;
     for (int64_t t = 0; t < blocks * 16; ++t) {

@@ -15,14 +15,6 @@ struct Bf16Level {
   static constexpr int64_t kStripRows = 32;
   static constexpr int64_t kAccumulatorBytes = 512 << 10;
 
-  struct Run {
-    const uint8_t* bytes;  // the run's first packed byte, `count` of them readable
-    int64_t count;
-    const float* absmax;  // of the run's first column; kAbsmaxSlack readable beyond the last
-    int32_t phase;        // the first column's place in its block
-    int shift;            // log2(blocksize)
-  };
-
   // `vpermw` reads the low five bits of a word: w, w >> 4, w >> 8, w >> 12 are four look-ups. The c-th yields
   // columns 4i + (c ^ 1).
   static constexpr int64_t order(int64_t p) { return 4 * (p % 32) + ((p / 32) ^ 1); }

@@ -49,14 +49,6 @@ struct Avx2Float {
   static constexpr int64_t kPackedBytes = 512 << 10;
   static constexpr int64_t kAccumulatorBytes = 256 << 10;
 
-  struct Run {
-    const uint8_t* bytes;  // the run's first packed byte, `count` of them readable
-    int64_t count;
-    const float* absmax;  // of the run's first column; kAbsmaxSlack readable beyond the last
-    int32_t phase;        // the first column's place in its block
-    int shift;            // log2(blocksize)
-  };
-
   // Nibble c of dword i is column 8i + (c ^ 1): the even column is in the high nibble.
   static constexpr int64_t order(int64_t p) { return 8 * (p % 8) + ((p / 8) ^ 1); }
   static constexpr int64_t column_of(int64_t p) { return order(p); }

@@ -1,11 +1,17 @@
 // The GEMM route in float32 with AVX-512: every dtype of x, exact products, float32 accumulation.
-#include "gemm_driver.h"
-#include "simd_avx512.h"
+#include "multiply_avx512.h"
 
 namespace fastlora::cpu {
 namespace {
 
-struct Avx512Float {
+struct FloatItems {
+  using Vector = __m512;
+  static Vector load(const uint8_t* p) { return _mm512_load_ps(p); }
+  static Vector broadcast(const uint8_t* p) { return _mm512_set1_ps(load_unaligned<float>(p)); }
+  static __m512 multiply_add(__m512 acc, Vector a, Vector b) { return _mm512_fmadd_ps(a, b, acc); }
+};
+
+struct Avx512Float : BroadcastMultiply<FloatItems, 32> {
   using T = float;
   static constexpr int64_t kPerItem = 1;
   static constexpr int64_t kRun = 128;  // 64 packed bytes: eight look-ups of 16 weights
@@ -17,14 +23,6 @@ struct Avx512Float {
   static constexpr int64_t kBackwardRows = 128;
   static constexpr int64_t kPackedBytes = 768 << 10;
   static constexpr int64_t kAccumulatorBytes = 512 << 10;
-
-  struct Run {
-    const uint8_t* bytes;  // the run's first packed byte, `count` of them readable
-    int64_t count;
-    const float* absmax;  // of the run's first column; kAbsmaxSlack readable beyond the last
-    int32_t phase;        // the first column's place in its block
-    int shift;            // log2(blocksize)
-  };
 
   // `vpermps` reads the low four bits of a dword, so eight nibbles of one dword are eight look-ups with no
   // masks: the c-th yields columns 8i + (c ^ 1), because the even column is in the high nibble.
@@ -115,51 +113,6 @@ struct Avx512Float {
       _mm512_store_si512(to + 16, _mm512_permutex2var_epi64(left_lo, hi128, right_lo));
       _mm512_store_si512(to + 32, _mm512_permutex2var_epi64(left_hi, lo128, right_hi));
       _mm512_store_si512(to + 48, _mm512_permutex2var_epi64(left_hi, hi128, right_hi));
-    }
-  }
-
-  template <int kRows, int kPanels>
-  static void micro(const uint8_t* strip, const uint8_t* panels, int64_t blocks, float* c, int64_t ldc,
-                    bool accumulate) {
-    // A mask instead of a branch: with one, GCC keeps the accumulators on the stack.
-    const __mmask16 keep = accumulate ? 0xffff : 0;
-    __m512 acc[kRows][kPanels];
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 3
-      for (int p = 0; p < kPanels; ++p) acc[i][p] = _mm512_maskz_loadu_ps(keep, c + i * ldc + p * 16);
-    }
-    for (int64_t b = 0; b < blocks; ++b) {
-      for (int t = 0; t < 16; ++t) {
-        __m512 columns[kPanels];
-        for (int p = 0; p < kPanels; ++p) {
-          columns[p] = _mm512_load_ps(panels + b * kPanels * kTileBytes + p * kTileBytes + t * 64);
-        }
-        for (int i = 0; i < kRows; ++i) {
-          const __m512 a = _mm512_set1_ps(load_unaligned<float>(strip + b * kStripRows * 64 + i * 64 + t * 4));
-          for (int p = 0; p < kPanels; ++p) acc[i][p] = _mm512_fmadd_ps(a, columns[p], acc[i][p]);
-        }
-      }
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 3
-      for (int p = 0; p < kPanels; ++p) _mm512_storeu_ps(c + i * ldc + p * 16, acc[i][p]);
-    }
-  }
-
-  static void multiply(const uint8_t* strip, const uint8_t* panels, int64_t width, int64_t blocks, float* c,
-                       int64_t ldc, int64_t rows, bool accumulate) {
-    for (int64_t i = 0; i < rows; i += width == 1 ? 16 : 8) {
-      const uint8_t* from = strip + i * 64;
-      float* to = c + i * ldc;
-      if (width == 3) {
-        micro<8, 3>(from, panels, blocks, to, ldc, accumulate);
-      } else if (width == 2) {
-        micro<8, 2>(from, panels, blocks, to, ldc, accumulate);
-      } else {
-        micro<16, 1>(from, panels, blocks, to, ldc, accumulate);
-      }
     }
   }
 };
