@@ -261,11 +261,19 @@ struct Gemm {
   }
 };
 
-// Units of work are (row block, strip or run) in row-block order, and the last row block may be short: a thread's
-// share is cut by rows, not by units. The unit that holds position `at` of m * per_block.
+// Units of work are (row block, strip or run) in row-block order. One costs its rows and, whatever their number,
+// the dequantising of its weights, about as much as kFillRows rows: a thread's share is cut by cost, because the
+// last row block may be short. The unit at position `at` of total_cost.
+constexpr int64_t kFillRows = 12;
+
+inline int64_t total_cost(int64_t m, int64_t row_block, int64_t per_block) {
+  return (m + ceil_div(m, row_block) * kFillRows) * per_block;
+}
+
 inline int64_t unit_at(int64_t at, int64_t m, int64_t row_block, int64_t per_block) {
-  const int64_t block = at / (row_block * per_block), rows = min64(row_block, m - block * row_block);
-  return block * per_block + (rows > 0 ? (at - block * row_block * per_block) / rows : 0);
+  const int64_t full = (row_block + kFillRows) * per_block, block = at / full;
+  const int64_t rows = min64(row_block, m - block * row_block);
+  return block * per_block + (rows > 0 ? (at - block * full) / (rows + kFillRows) : 0);
 }
 
 // How one thread's scratch is laid out; every size is bounded whatever the shape.
@@ -285,7 +293,7 @@ Plan make_plan(int64_t m, int64_t contraction, int64_t step_blocks, int64_t r, i
   constexpr int64_t kPerVector = Gemm<L>::kPerVector;
   Plan plan;
   plan.rank_blocks = ceil_div(r, kPerVector);
-  plan.row_block = min64(max_rows, round_up(m, row_step));
+  plan.row_block = round_up(ceil_div(m, ceil_div(m, max_rows)), row_step);
   while (plan.row_block > row_step && plan.rank_blocks * 64 * plan.row_block > L::kPackedBytes) {
     plan.row_block = round_up(plan.row_block / 2, row_step);
   }
@@ -441,7 +449,7 @@ struct Forward {
     plan = make_plan<L>(m, k, G::kVectors, ext.k, L::kForwardRows, kPanel, G::kStripRows * 4);
     out_of_memory = false;
     parallel_ranges(
-        m * strips, threads,
+        total_cost(m, plan.row_block, strips), threads,
         [](void* context, int64_t begin, int64_t end) {
           auto& self = *static_cast<Forward*>(context);
           self.run_units(unit_at(begin, self.m, self.plan.row_block, self.strips),
@@ -567,7 +575,7 @@ struct Backward {
     plan = make_plan<L>(m, n, 1, ext.n, L::kBackwardRows, G::kStripRows, G::kRun * 4);
     out_of_memory = false;
     parallel_ranges(
-        m * runs, threads,
+        total_cost(m, plan.row_block, runs), threads,
         [](void* context, int64_t begin, int64_t end) {
           auto& self = *static_cast<Backward*>(context);
           self.run_units(unit_at(begin, self.m, self.plan.row_block, self.runs),
