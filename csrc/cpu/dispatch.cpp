@@ -20,21 +20,21 @@ struct Level {
   Status (*grad_input_bf16)(const Nf4LinearGradInputArgs&);
 };
 
-// decode_rows were measured; the figures are in docs/cpu_kernels.md.
+// decode_rows were measured; the figures are in docs/cpu_kernels.md, "Where the routes cross".
 constexpr Level kLevels[kIsaCount] = {
     {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_scalar, nf4_linear_scalar, nullptr, 0, 0,
      nf4_linear_grad_input_scalar, nf4_linear_grad_input_scalar},
 #ifdef FASTLORA_X86
     {nf4_quantize_avx2, nf4_dequantize_avx2, nf4_linear_avx2, nf4_linear_avx2, nf4_linear_decode_avx2, 8, 12,
      nf4_linear_grad_input_avx2, nf4_linear_grad_input_avx2},
-    {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_avx512, nf4_linear_decode_avx512, 4,
+    {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_avx512, nf4_linear_decode_avx512, 8,
      8, nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512},
     {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_avx512_bf16,
-     nf4_linear_decode_avx512, 4, 8, nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512_bf16},
-    {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_amx, nf4_linear_decode_avx512, 4, 8,
+     nf4_linear_decode_avx512, 8, 8, nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512_bf16},
+    {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_amx, nf4_linear_decode_avx512, 8, 8,
      nf4_linear_grad_input_avx512, nf4_linear_grad_input_amx},
     {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_amx_emulated,
-     nf4_linear_decode_avx512, 4, 8, nf4_linear_grad_input_avx512, nf4_linear_grad_input_amx_emulated},
+     nf4_linear_decode_avx512, 8, 8, nf4_linear_grad_input_avx512, nf4_linear_grad_input_amx_emulated},
 #endif
 };
 
