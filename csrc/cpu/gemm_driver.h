@@ -78,8 +78,8 @@ struct Gemm {
 
   // ---- rows of W as an A strip: contraction columns [k0, k0 + blocks * kPerVector) of rows [row0, row0 + rows)
 
-  static void fill_strip(const DenseRows& s, const float*, int64_t, int64_t row0, int64_t rows, int64_t k0,
-                         int64_t blocks, bool permuted, uint8_t* strip) {
+  static void fill_strip(const DenseRows& s, int64_t row0, int64_t rows, int64_t k0, int64_t blocks, bool permuted,
+                         uint8_t* strip) {
     alignas(64) T piece[kRun];
     for (int64_t i = 0; i < rows; ++i) {
       if (!permuted) {
@@ -105,7 +105,7 @@ struct Gemm {
 
   // absmax: row i's decoded scales from the block of column `absmax_k0` on, at absmax + i * absmax_stride.
   static void fill_strip(const Nf4Weight& w, const float* absmax, int64_t absmax_stride, int64_t row0,
-                         int64_t rows, int64_t k0, int64_t blocks, bool, uint8_t* strip, int64_t absmax_k0) {
+                         int64_t rows, int64_t k0, int64_t blocks, uint8_t* strip, int64_t absmax_k0) {
     const int64_t row_bytes = ceil_div(w.k, 2);
     const int shift = __builtin_ctzll(static_cast<uint64_t>(w.blocksize));
     for (int64_t i = 0; i < rows; ++i) {
@@ -403,10 +403,10 @@ struct Forward {
             const int64_t now = min64(L::kStripBlocks, blocks - b);
             const int64_t k0 = (block0 + b) * G::kPerVector;
             if constexpr (kQuantized) {
-              G::fill_strip(source, absmax, absmax_stride(), n0, strip_rows, k0, now, true, strip,
+              G::fill_strip(source, absmax, absmax_stride(), n0, strip_rows, k0, now, strip,
                             block0 * G::kPerVector);
             } else {
-              G::fill_strip(source, nullptr, 0, n0, strip_rows, k0, now, true, strip);
+              G::fill_strip(source, n0, strip_rows, k0, now, true, strip);
             }
             G::multiply(strip, strip_rows, packed, panels, blocks, b, now, c, ldc, chunk > 0 || b > 0);
           }
@@ -418,7 +418,7 @@ struct Forward {
             }
             for (int64_t b = 0; b < here; b += L::kStripBlocks) {
               const int64_t now = min64(L::kStripBlocks, here - b);
-              G::fill_strip(ext, nullptr, 0, n0, strip_rows, (q + b) * G::kPerVector, now, false, strip);
+              G::fill_strip(ext, n0, strip_rows, (q + b) * G::kPerVector, now, false, strip);
               G::multiply(strip, strip_rows, packed_u, panels, here, b, now, c, ldc, plan.blocks + q + b > 0);
             }
           }
