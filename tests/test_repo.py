@@ -75,7 +75,8 @@ def test_pins_agree() -> None:
 
 def test_the_type_stub_matches_the_module() -> None:
     stub = set(re.findall(r"^def (\w+)", text_of("python/fastlora/_C.pyi"), re.MULTILINE))
-    assert stub == set(re.findall(r'm\.def\("(\w+)"', text_of("csrc/bindings.cpp")))
+    sources = text_of("csrc/bindings.cpp") + text_of("csrc/nf4_linear_direct.cpp")
+    assert stub == set(re.findall(r'(?:m\.def\(|^    {)"(\w+)"', sources, re.MULTILINE))
 
 
 def test_readme_table_is_what_was_measured() -> None:

@@ -1,4 +1,10 @@
-"""The kernels on raw addresses (csrc/bindings.cpp). Each returns a status; only ops.py calls them."""
+"""The kernels on raw addresses (csrc/bindings.cpp), each returning a status: only ops.py calls them. And
+one on tensors (csrc/nf4_linear_direct.cpp), for direct.py."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
 
 cuda_built: bool
 isa_count: int
@@ -78,3 +84,20 @@ def lora_dropout(x: int, out: int, count: int, seed: int, p: float, dtype: int, 
 def best_isa() -> int: ...
 def isa_available(isa: int, /) -> bool: ...
 def isa_name(isa: int, /) -> str: ...
+def nf4_linear_direct(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    nested: Tensor | None,
+    blocksize: int,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+    threads: int,
+    isa: int,
+    /,
+) -> Tensor | None: ...
+def nf4_linear_direct_setup(
+    tensor: type, parameter: type, empty: Callable[..., Tensor], exchange_api: Any, /
+) -> bool: ...

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, ops  # noqa: F401  (ops registers torch.ops.fastlora)
+from . import checks, direct, ops  # noqa: F401  (ops registers torch.ops.fastlora)
 from .nf4 import NF4Weight
 
 _linear = torch.ops.fastlora.nf4_linear.default
@@ -28,6 +28,7 @@ _linear_given_u = torch.ops.fastlora.nf4_linear_given_u.default
 _grad_input = torch.ops.fastlora.nf4_linear_grad_input.default
 _dropout = torch.ops.fastlora.lora_dropout.default
 
+_any_autocast = torch._C._is_any_autocast_enabled
 _SEED_BOUND = 2**62
 
 
@@ -93,16 +94,18 @@ def linear_from_parts(
     dropout: float = 0.0,
 ) -> Tensor:
     """:func:`nf4_linear` over the weight's three tensors (storage as in ops.py)."""
-    device_type = x.device.type
-    if _autocast_is_on(device_type) and x.dtype in checks.DTYPE_CODE:
-        dtype = torch.get_autocast_dtype(device_type)
-        x = x.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    if _any_autocast():
+        device_type = x.device.type
+        if _autocast_is_on(device_type) and x.dtype in checks.DTYPE_CODE:
+            dtype = torch.get_autocast_dtype(device_type)
+            x = x.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
     seed = None
-    if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"nf4_linear: expected dropout in [0, 1), got {dropout}")
-    if dropout and lora_a is not None:
-        seed = torch.randint(_SEED_BOUND, (1,), dtype=torch.int64, device=x.device)
+    if dropout:
+        if not 0.0 < dropout < 1.0:
+            raise ValueError(f"nf4_linear: expected dropout in [0, 1), got {dropout}")
+        if lora_a is not None:
+            seed = torch.randint(_SEED_BOUND, (1,), dtype=torch.int64, device=x.device)
     if torch.is_grad_enabled() and (
         x.requires_grad
         or (lora_a is not None and lora_a.requires_grad)
@@ -113,7 +116,10 @@ def linear_from_parts(
             x, packed, scales, nested, blocksize, bias, lora_a, lora_b, scaling, seed, dropout
         )
     if seed is None:
-        return _linear(x, packed, scales, nested, blocksize, bias, lora_a, lora_b, scaling)
+        y = direct.linear(x, packed, scales, nested, blocksize, bias, lora_a, lora_b, scaling)
+        if y is None:
+            y = _linear(x, packed, scales, nested, blocksize, bias, lora_a, lora_b, scaling)
+        return y
     return _forward_dropped(
         x, packed, scales, nested, blocksize, bias, lora_a, lora_b, scaling, seed, dropout
     )[0]

@@ -196,23 +196,27 @@ class QLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features), in x's dtype (autocast's where that is on)."""
-        if x.dim() == 0 or x.shape[-1] != self.in_features:
-            raise ValueError(f"QLinear: expected x of shape (..., {self.in_features}), got {tuple(x.shape)}")
-        lora_a, lora_b = self.lora_A, self.lora_B
+        shape = x.shape
+        if not shape or shape[-1] != self.in_features:
+            raise ValueError(f"QLinear: expected x of shape (..., {self.in_features}), got {tuple(shape)}")
+        try:  # nn.Module looks names up in a dozen times the time; what wraps a layer may keep them elsewhere
+            p: dict[str, Any] = self._parameters
+            tensors = (p["weight"], p["weight_scales"], p["weight_nested"])
+            bias, lora_a, lora_b = p["bias"], p["lora_A"], p["lora_B"]
+        except KeyError:
+            tensors = (self.weight, self.weight_scales, self.weight_nested)
+            bias, lora_a, lora_b = self.bias, self.lora_A, self.lora_B
         if self._unmerged is not None:
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError(
                     "QLinear: expected an unmerged layer in training; call unmerge() or train()"
                 )
             lora_a = lora_b = None
-        bias: Tensor | None = self.bias
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         return linear_from_parts(
             x,
-            self.weight,
-            self.weight_scales,
-            self.weight_nested,
+            *tensors,
             self.blocksize,
             bias,
             lora_a,
