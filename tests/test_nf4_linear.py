@@ -272,6 +272,22 @@ def test_no_rows(isa: str, shape: tuple[int, ...]) -> None:
     assert (y.shape, u.shape) == ((*shape[:-1], 33), (*shape[:-1], 4))
 
 
+@pytest.mark.parametrize("m", [1, 8, 9])
+def test_every_code_of_a_double_quantised_absmax(isa: str, m: int) -> None:
+    """Codes of 1 and rows of x that pick one block each: y is the absmax itself, to the bit."""
+    n, blocks = 96, 8  # in a row; three groups of second-level scales in all
+    codes = (torch.arange(n * blocks) * 5 % 256).to(torch.uint8)
+    nested = torch.tensor([0.3, 0.01, 0.2, 7e-5])
+    absmax = reference.nf4_decode_absmax(codes, nested).reshape(n, blocks)
+    x = torch.zeros(m, blocks, 64)
+    picked = torch.arange(m) % blocks
+    x[torch.arange(m), picked, 63] = 1.0
+    packed = torch.full((n, 32 * blocks), 0xFF, dtype=torch.uint8)
+    args = (packed, codes, nested.view(torch.uint8), 64, None, None, None, 1.0)
+    y = op.nf4_linear(x.flatten(1), *args)
+    assert torch.equal(y, absmax.T[picked])
+
+
 def test_inputs_are_left_alone(isa: str) -> None:
     inputs = make_inputs(Case(3, 33, 70, 4, 64, torch.bfloat16), seed=31)
     tensors = [t for t in inputs.linear if isinstance(t, torch.Tensor)]

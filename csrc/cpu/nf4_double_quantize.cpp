@@ -49,7 +49,8 @@ constexpr uint32_t kCells = (22 << 7) + 1;  // the last one begins at 1
 struct DynamicMap {
   float values[256];
   float bounds[256];  // the largest float32 that does not exceed each midpoint: above it is above the midpoint
-  uint8_t below[2 * kCells];  // positive cells, then negative ones
+  uint8_t below[2 * kCells];            // positive cells, then negative ones
+  alignas(64) uint16_t planes[2][128];  // low and high halves of entries 127 .. 254
 
   DynamicMap() {
     for (int i = 0; i < 127; ++i) {
@@ -58,6 +59,11 @@ struct DynamicMap {
     }
     values[127] = 0.0f;
     values[255] = 1.0f;
+    for (int i = 0; i < 128; ++i) {
+      const auto bits = load_unaligned<uint32_t>(&values[127 + i]);
+      planes[0][i] = static_cast<uint16_t>(bits);
+      planes[1][i] = static_cast<uint16_t>(bits >> 16);
+    }
     double midpoints[256];
     for (int i = 0; i < 255; ++i) {
       midpoints[i] = (static_cast<double>(values[i]) + static_cast<double>(values[i + 1])) * 0.5;
@@ -161,6 +167,7 @@ void decode_range(void* context, int64_t begin, int64_t end) {
 }  // namespace
 
 const float* nf4_dynamic_map() { return dynamic_map().values; }
+const uint16_t* nf4_dynamic_map_planes() { return &dynamic_map().planes[0][0]; }
 
 Status nf4_double_quantize(const Nf4DoubleQuantizeArgs& args) {
   if (args.blocks < 0) return Status::kBadArgument;

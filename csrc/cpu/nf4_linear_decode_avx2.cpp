@@ -1,59 +1,35 @@
-// A few rows of x against packed weights with AVX2: one pass over the bytes of W, nothing dequantised to memory,
-// the low-rank term and the bias added to the same accumulators. The twin of nf4_linear_decode_avx512.cpp.
+// A few rows of x against packed weights with AVX2; nf4_linear_decode_driver.h has the plan. A run is 64 columns:
+// 32 packed bytes, one register.
 //
-// A run is 64 columns: 32 packed bytes, one register. The 16-entry tables are looked up with vpshufb a byte plane
-// at a time, even columns (high nibbles) and odd ones apart, and the planes are interleaved to whole values.
-//
-// Integer route (16-bit x, whole 64-column blocks): codes are 14-bit integers round(8191 * code), two planes; x is
-// split once into 16-bit integers with one scale a run; vpmaddwd multiplies them into exact int32. Per 64 weights:
-// 4 look-ups, 4 interleaves, and a row of x costs 4 products, 3 sums, one conversion and one FMA with
-// absmax * xscale. Rounding x and the codes costs 8e-5 of relative error; rounding W to bfloat16 costs 1.7e-3.
-//
-// Float route (float32 x, ragged shapes, rows of x that hold NaN, Inf or magnitudes an integer scale cannot
-// carry): four planes, code * absmax in float32, the dequantised weight itself, and FMA.
+// The 16-entry tables are looked up with vpshufb a byte plane at a time, even columns (high nibbles) and odd ones
+// apart, and the planes are interleaved to whole values: two planes of 16-bit codes or four of float32. Integer
+// route: per 64 weights 4 look-ups, 4 interleaves, and for every row of x 4 vpmaddwd, 3 sums, one conversion and
+// one FMA with absmax * xscale.
 #include <immintrin.h>
 
-#include "kernels.h"
-#include "numeric.h"
-#include "parallel.h"
+#include "nf4_linear_decode_driver.h"
 
 namespace fastlora::cpu {
 namespace {
 
-constexpr int kMaxRows = 8;
-constexpr int64_t kRun = 64;               // columns of 32 packed bytes
+struct Avx2 {
+  static constexpr int64_t kRun = 64;
+  static constexpr int64_t kLanes = 8;
+  static constexpr int64_t kAbsmaxSlack = 8;
+
+  static void decode_absmax(const Nf4Scales& scales, const float* map, int64_t first, int64_t count, float* out);
+  static bool split_integers(const Job& job, int i);
+  static void split_floats(const Job& job, int i);
+  static void rank_column(const Job& job, int64_t q);
+  template <bool kInteger>
+  static void outputs(const Job& job, const Row* rows, int count, int64_t begin, int64_t end);
+};
+
+constexpr int64_t kRun = Avx2::kRun;
 constexpr int kGroup = 8;                  // rows of W that go over a chunk of columns together
 constexpr int64_t kChunkBytes = 16 << 10;  // of split x in such a chunk: half of L1
 constexpr int64_t kMostRuns = 64;          // of a chunk
-constexpr int64_t kMostScales = kMostRuns * kRun / kMinBlocksize + 8;
-constexpr float kXMax = 32767.0f;       // as fine as int32 allows: a lane sums 8 products, and
-constexpr float kCodeUnit = 8191.0f;    // 8 * 8191 * 32767 < 2^31
-constexpr float kTiniest = 1e-28f;      // below, scales come near float32's subnormals
-constexpr float kOutlier = 1.0f / 128;  // of a block's largest magnitude: still as fine as bfloat16
-
-struct Row {
-  const int16_t* integers;  // [run][4 vectors][16], the integer route
-  const float* scales;      // [run]
-  const float* floats;      // [run][8 vectors][8], the float route
-  const float* low_rank;    // [r_pad]: scaling * u
-  int64_t index;            // row of y
-};
-
-struct Job {
-  const Nf4LinearArgs& a;
-  int64_t row0;  // rows [row0, row0 + rows) of x are this job's
-  int rows;
-  int64_t runs, r_pad;
-  bool blocks_aligned;  // every run of W has one absmax
-  uint8_t* scratch;
-  int64_t row_bytes;  // of scratch, a row of x
-  bool integer_row[kMaxRows];
-
-  float* floats(int i) const { return reinterpret_cast<float*>(scratch + i * row_bytes); }
-  int16_t* integers(int i) const { return reinterpret_cast<int16_t*>(scratch + i * row_bytes); }
-  float* scales(int i) const { return reinterpret_cast<float*>(integers(i) + runs * kRun); }
-  float* low_rank(int i) const { return reinterpret_cast<float*>(scratch + i * row_bytes + runs * kRun * 4); }
-};
+constexpr int64_t kMostScales = kMostRuns * kRun / kMinBlocksize + 8 + Avx2::kAbsmaxSlack;
 
 inline __m256 load8(const void* p, DType dtype) {
   if (dtype == DType::kFloat32) return _mm256_loadu_ps(static_cast<const float*>(p));
@@ -93,13 +69,12 @@ inline void columns_of_floats(const __m256 (&natural)[8], __m256 (&out)[8]) {
 
 inline void load_run(const Job& job, int i, int64_t run, __m256 (&out)[8]) {
   const int64_t k = job.a.weight.k;
-  const void* row = element_ptr(job.a.x, (job.row0 + i) * k, job.a.dtype);
   __m256 natural[8];
-  for (int v = 0; v < 8; ++v) natural[v] = load8_of(row, run * kRun + v * 8, k, job.a.dtype);
+  for (int v = 0; v < 8; ++v) natural[v] = load8_of(job.x(i), run * kRun + v * 8, k, job.a.dtype);
   columns_of_floats(natural, out);
 }
 
-bool split_integers(const Job& job, int i) {
+bool Avx2::split_integers(const Job& job, int i) {
   int16_t* out = job.integers(i);
   float* scales = job.scales(i);
   const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
@@ -141,7 +116,7 @@ bool split_integers(const Job& job, int i) {
   return true;
 }
 
-void split_floats(const Job& job, int i) {
+void Avx2::split_floats(const Job& job, int i) {
   float* out = job.floats(i);
   for (int64_t run = 0; run < job.runs; ++run) {
     __m256 f[8];
@@ -150,14 +125,9 @@ void split_floats(const Job& job, int i) {
   }
 }
 
-void split_row(Job& job, int i) {
-  job.integer_row[i] = job.a.dtype != DType::kFloat32 && job.blocks_aligned && split_integers(job, i);
-  if (!job.integer_row[i]) split_floats(job, i);
-}
-
 // ---- u = x·Aᵀ, one rank for every row of x ----------------------------------------------------------------
 
-void rank_column(const Job& job, int64_t q) {
+void Avx2::rank_column(const Job& job, int64_t q) {
   const Nf4LinearArgs& a = job.a;
   const int64_t k = a.weight.k;
   const void* row = element_ptr(a.lora_a, q * k, a.lora_dtype);
@@ -169,7 +139,7 @@ void rank_column(const Job& job, int64_t q) {
       if (at >= k) continue;
       const __m256 w = load8_of(row, at, k, a.lora_dtype);
       for (int i = 0; i < job.rows; ++i) {
-        const __m256 x = load8_of(element_ptr(a.x, (job.row0 + i) * k, a.dtype), at, k, a.dtype);
+        const __m256 x = load8_of(job.x(i), at, k, a.dtype);
         sums[i][h] = _mm256_fmadd_ps(w, x, sums[i][h]);
       }
     }
@@ -197,25 +167,19 @@ struct Planes {
   }
 };
 
-// Scales of the blocks that columns [k0, k1) of `row` meet, and zeros; the number of the first block.
-inline int64_t chunk_scales(const Nf4Weight& w, const float* map, int shift, int64_t row, int64_t k0, int64_t k1,
-                            float* out) {
-  const int64_t first = (row * w.k + k0) >> shift, last = (row * w.k + k1 - 1) >> shift;
-  const int64_t count = last - first + 1;
-  _mm256_storeu_ps(out + count, _mm256_setzero_ps());
-  if (w.scales.nested == nullptr) {
-    std::memcpy(out, w.scales.codes + first * 4, static_cast<size_t>(count) * 4);
-    return first;
+void Avx2::decode_absmax(const Nf4Scales& scales, const float* map, int64_t first, int64_t count, float* out) {
+  if (scales.nested == nullptr) {
+    std::memcpy(out, scales.codes + first * 4, static_cast<size_t>(count) * 4);
+    return;
   }
-  const float offset = load_unaligned<float>(w.scales.nested);
-  const uint8_t* codes = w.scales.codes + first;
+  const float offset = load_unaligned<float>(scales.nested);
+  const uint8_t* codes = scales.codes + first;
   for (int64_t b = 0; b < count;) {  // one second-level scale at a time
     const int64_t group = (first + b) / kNestedBlocksize;
     const int64_t stop = min64(count, (group + 1) * kNestedBlocksize - first);
-    const float scale = load_unaligned<float>(w.scales.nested + (1 + group) * 4);
+    const float scale = load_unaligned<float>(scales.nested + (1 + group) * 4);
     for (; b < stop; ++b) out[b] = map[codes[b]] * scale + offset;
   }
-  return first;
 }
 
 // 64 codes as 16-bit integers: even columns, then odd ones.
@@ -250,7 +214,7 @@ inline void look_up(const Planes<4>& table, __m256i packed, __m256 (&out)[8]) {
 
 // Both passes add kGroup rows of W (or `count`, at the end) from `n0` on, against kIn rows of x, to `sums`. They
 // go over the columns in chunks whose x stays in L1 while the rows of the group go by, each asking for the bytes
-// that the next one will want.
+// of the second row after it.
 template <int kIn>
 void integer_pass(const Job& job, const Row* rows, int64_t n0, int count, __m256 (&sums)[kGroup][kIn]) {
   constexpr int64_t kChunkRuns = min64(kMostRuns, kChunkBytes / (kIn * kRun * 2));
@@ -259,22 +223,13 @@ void integer_pass(const Job& job, const Row* rows, int64_t n0, int count, __m256
   const int64_t bytes_per_row = w.k / 2;
   const int shift = __builtin_ctzll(static_cast<uint64_t>(w.blocksize));
   int16_t codes[16];
-  for (int c = 0; c < 16; ++c) {
-    const float scaled = kNf4Codes[c] * kCodeUnit;
-    codes[c] = static_cast<int16_t>(scaled < 0.0f ? scaled - 0.5f : scaled + 0.5f);
-  }
+  integer_codes(codes);
   const Planes<2> table(codes);
   alignas(32) float scales[kMostScales], products[kIn][kMostRuns];
   for (int64_t chunk = 0; chunk < job.runs; chunk += kChunkRuns) {
     const int64_t stop = min64(job.runs, chunk + kChunkRuns);
     for (int o = 0; o < count; ++o) {
-      const int64_t flat_run = (n0 + o) * job.runs;  // runs before this row
-      const int64_t first = chunk_scales(w, map, shift, n0 + o, chunk * kRun, stop * kRun, scales);
-      if (shift > 6) {  // one for each run
-        for (int64_t run = stop - 1; run >= chunk; --run) {
-          scales[run - chunk] = scales[((flat_run + run) >> (shift - 6)) - first];
-        }
-      }
+      chunk_scales<Avx2>(w, map, shift, n0 + o, chunk * kRun, stop * kRun, scales);
       for (int64_t run = chunk; run < stop; run += 8) {
         const __m256 absmax = _mm256_load_ps(scales + (run - chunk));
         for (int i = 0; i < kIn; ++i) {
@@ -286,7 +241,7 @@ void integer_pass(const Job& job, const Row* rows, int64_t n0, int count, __m256
       __m256 acc[kIn];
       for (int i = 0; i < kIn; ++i) acc[i] = sums[o][i];
       for (int64_t run = chunk; run < stop; ++run) {
-        _mm_prefetch(reinterpret_cast<const char*>(bytes + bytes_per_row + run * 32), _MM_HINT_T0);
+        if (run % 2 == 0) __builtin_prefetch(bytes + 2 * bytes_per_row + run * 32, 0, 2);  // to L2
         __m256i values[4];
         look_up(table, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + run * 32)), values);
         for (int i = 0; i < kIn; ++i) {
@@ -325,12 +280,13 @@ void float_pass(const Job& job, const Row* rows, int64_t n0, int count, __m256 (
   for (int64_t chunk = 0; chunk < job.runs; chunk += kChunkRuns) {
     const int64_t stop = min64(job.runs, chunk + kChunkRuns);
     for (int o = 0; o < count; ++o) {
-      const int64_t first = chunk_scales(w, map, shift, n0 + o, chunk * kRun, min64(w.k, stop * kRun), scales);
+      const int64_t first =
+          chunk_absmax<Avx2>(w, map, shift, n0 + o, chunk * kRun, min64(w.k, stop * kRun), scales);
       const uint8_t* bytes = w.packed + (n0 + o) * bytes_per_row;
       __m256 acc[kIn];
       for (int i = 0; i < kIn; ++i) acc[i] = sums[o][i];
       for (int64_t run = chunk; run < stop; ++run) {
-        _mm_prefetch(reinterpret_cast<const char*>(bytes + bytes_per_row + run * 32), _MM_HINT_T0);
+        if (run % 2 == 0) __builtin_prefetch(bytes + 2 * bytes_per_row + run * 32, 0, 2);  // to L2
         const int64_t flat = (n0 + o) * w.k + run * kRun, phase = flat & (w.blocksize - 1);
         const float* absmax = scales + ((flat >> shift) - first);
         const uint8_t* here = bytes + run * 32;
@@ -394,69 +350,24 @@ void group_outputs(const Job& job, const Row* rows, int64_t n0, int count) {
 // Up to four rows of x at once: the accumulators and look-ups of more do not fit the 16 registers, and looking up
 // again the few kilobytes of W that a group has just brought to L1 is cheaper than spilling.
 template <bool kInteger>
-void outputs(const Job& job, const Row* rows, int count, int64_t n0, int group) {
-  for (int i = 0; i < count;) {
-    const int left = count - i, now = left > 4 && left < 8 ? (left + 1) / 2 : (left < 4 ? left : 4);
-    switch (now) {
-      case 1: group_outputs<1, kInteger>(job, rows + i, n0, group); break;
-      case 2: group_outputs<2, kInteger>(job, rows + i, n0, group); break;
-      case 3: group_outputs<3, kInteger>(job, rows + i, n0, group); break;
-      default: group_outputs<4, kInteger>(job, rows + i, n0, group); break;
-    }
-    i += now;
-  }
-}
-
-void first_phase(void* context, int64_t begin, int64_t end) {
-  Job& job = *static_cast<Job*>(context);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    if (unit < job.rows) {
-      split_row(job, static_cast<int>(unit));
-    } else {
-      rank_column(job, unit - job.rows);
-    }
-  }
-}
-
-void second_phase(void* context, int64_t begin, int64_t end) {
-  const Job& job = *static_cast<const Job*>(context);
-  Row integer[kMaxRows], real[kMaxRows];
-  int integers = 0, reals = 0;
-  for (int i = 0; i < job.rows; ++i) {
-    Row& row = job.integer_row[i] ? integer[integers++] : real[reals++];
-    row = {job.integers(i), job.scales(i), job.floats(i), job.low_rank(i), job.row0 + i};
-  }
+void Avx2::outputs(const Job& job, const Row* rows, int count, int64_t begin, int64_t end) {
   for (int64_t n0 = begin; n0 < end; n0 += kGroup) {
     const int group = static_cast<int>(min64(kGroup, end - n0));
-    outputs<true>(job, integer, integers, n0, group);
-    outputs<false>(job, real, reals, n0, group);
+    for (int i = 0; i < count;) {
+      const int left = count - i, now = left > 4 && left < 8 ? (left + 1) / 2 : (left < 4 ? left : 4);
+      switch (now) {
+        case 1: group_outputs<1, kInteger>(job, rows + i, n0, group); break;
+        case 2: group_outputs<2, kInteger>(job, rows + i, n0, group); break;
+        case 3: group_outputs<3, kInteger>(job, rows + i, n0, group); break;
+        default: group_outputs<4, kInteger>(job, rows + i, n0, group); break;
+      }
+      i += now;
+    }
   }
 }
 
 }  // namespace
 
-Status nf4_linear_decode_avx2(const Nf4LinearArgs& a) {
-  constexpr int64_t kScratchBytes = 4 << 20;
-  const int64_t runs = ceil_div(a.weight.k, kRun), r_pad = round_up(a.r, 8);
-  const int64_t row_bytes = max64(64, round_up(runs * kRun * 4 + r_pad * 4, 64));
-  const int64_t most = max64(1, min64(kMaxRows, kScratchBytes / row_bytes));
-  for (int64_t row0 = 0; row0 < a.m; row0 += most) {
-    const int rows = static_cast<int>(min64(most, a.m - row0));
-    auto* scratch = static_cast<uint8_t*>(thread_scratch(static_cast<size_t>(rows * row_bytes)));
-    if (scratch == nullptr) return Status::kOutOfMemory;
-    const bool aligned = a.weight.k % kRun == 0 && a.weight.blocksize % kRun == 0;
-    Job job{a, row0, rows, runs, r_pad, aligned, scratch, row_bytes, {}};
-    const bool compute_u = a.r > 0 && a.lora_a != nullptr;
-    parallel_ranges(rows + (compute_u ? a.r : 0), a.threads, first_phase, &job);
-    for (int i = 0; i < rows; ++i) {
-      float* low_rank = job.low_rank(i);
-      for (int64_t q = 0; q < r_pad; ++q) {
-        low_rank[q] = q < a.r ? a.scaling * load_as_float(a.u, (row0 + i) * a.r + q, a.dtype) : 0.0f;
-      }
-    }
-    parallel_ranges(a.weight.n, a.threads, second_phase, &job);
-  }
-  return Status::kOk;
-}
+Status nf4_linear_decode_avx2(const Nf4LinearArgs& a) { return decode_linear<Avx2>(a); }
 
 }  // namespace fastlora::cpu

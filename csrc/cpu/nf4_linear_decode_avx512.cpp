@@ -1,52 +1,36 @@
-// A few rows of x against packed weights with AVX-512: one pass over the bytes of W, nothing dequantised to
-// memory, the low-rank term and the bias added to the same accumulators.
+// A few rows of x against packed weights with AVX-512; nf4_linear_decode_driver.h has the plan. A run is 128
+// columns: 64 packed bytes, one register.
 //
-// Integer route (16-bit x, whole 64-column blocks): codes are 14-bit integers round(8191 * code), looked up 32
-// at a time; x is split once into 16-bit integers with one scale per 64 columns; vpdpwssd multiplies them into
-// exact int32. Per 128 weights: 4 look-ups, 3 shifts, 4 products a row of x, one conversion and one FMA with
-// absmax * xscale. Rounding x and the codes costs 8e-5 of relative error; rounding W to bfloat16 costs 1.7e-3.
-//
-// Float route (float32 x, ragged shapes, rows of x that hold NaN, Inf or magnitudes an integer scale cannot
-// carry): code * absmax in float32, the dequantised weight itself, and FMA.
-#include "kernels.h"
-#include "parallel.h"
+// vpermw reads only the low five bits of an index and vpermps the low four, so the packed words (dwords) and their
+// shifts are indices as they are. Integer route: codes are looked up 32 at a time and vpdpwssd multiplies; per 128
+// weights 4 look-ups, 3 shifts, and for every row of x 4 products, one conversion and one FMA with absmax *
+// xscale.
+#include "nf4_linear_decode_driver.h"
 #include "simd_avx512.h"
 
 namespace fastlora::cpu {
 namespace {
 
-constexpr int kMaxRows = 8;
-constexpr int64_t kRun = 128;       // columns of 64 packed bytes
+struct Avx512 {
+  static constexpr int64_t kRun = 128;
+  static constexpr int64_t kLanes = 16;
+  static constexpr int64_t kAbsmaxSlack = 16;
+
+  static void decode_absmax(const Nf4Scales& scales, const float* map, int64_t first, int64_t count, float* out) {
+    decode_absmax_row(scales, map, first, count, out);
+  }
+  static bool split_integers(const Job& job, int i);
+  static void split_floats(const Job& job, int i);
+  static void rank_column(const Job& job, int64_t q);
+  template <bool kInteger>
+  static void outputs(const Job& job, const Row* rows, int count, int64_t begin, int64_t end);
+};
+
+constexpr int64_t kRun = Avx512::kRun;
 constexpr int64_t kChunkRuns = 32;  // scales are decoded for so many runs at a time
-constexpr int64_t kChunkScales = kChunkRuns * kRun / kMinBlocksize + 32;
-constexpr float kXMax = 32767.0f;       // as fine as int32 allows: a lane sums 8 products, and
-constexpr float kCodeUnit = 8191.0f;    // 8 * 8191 * 32767 < 2^31
-constexpr float kTiniest = 1e-28f;      // below, scales come near float32's subnormals
-constexpr float kOutlier = 1.0f / 128;  // of a block's largest magnitude: still as fine as bfloat16
-
-struct Row {
-  const int16_t* integers;  // [run][4 look-ups][32], the integer route
-  const float* scales;      // [run][16]: 8 lanes for each block of 64
-  const float* floats;      // [run][8 look-ups][16], the float route
-  const float* low_rank;    // [r_pad]: scaling * u
-  int64_t index;            // row of y
-};
-
-struct Job {
-  const Nf4LinearArgs& a;
-  int64_t row0;  // rows [row0, row0 + rows) of x are this job's
-  int rows;
-  int64_t runs, r_pad;
-  bool blocks_aligned;  // every 64 columns of W have one absmax
-  uint8_t* scratch;
-  int64_t row_bytes;  // of scratch, a row of x
-  bool integer_row[kMaxRows];
-
-  float* floats(int i) const { return reinterpret_cast<float*>(scratch + i * row_bytes); }
-  int16_t* integers(int i) const { return reinterpret_cast<int16_t*>(scratch + i * row_bytes); }
-  float* scales(int i) const { return reinterpret_cast<float*>(integers(i) + runs * kRun); }
-  float* low_rank(int i) const { return reinterpret_cast<float*>(scratch + i * row_bytes + runs * kRun * 4); }
-};
+constexpr int64_t kRunScales = kRun / kScaleColumns;
+constexpr int64_t kBytesAhead = 16 << 10;  // of W asked for before their turn, in whole rows
+constexpr int64_t kMostScales = kChunkRuns * kRun / kMinBlocksize + 16 + Avx512::kAbsmaxSlack;
 
 // ---- splitting x ------------------------------------------------------------------------------------------
 
@@ -60,11 +44,11 @@ inline __m512i every_fourth(const __m512i (&z)[4], int s) {
   return _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1);
 }
 
-bool split_integers(const Job& job, int i) {
+bool Avx512::split_integers(const Job& job, int i) {
   const int64_t k = job.a.weight.k;
   int16_t* out = job.integers(i);
   float* scales = job.scales(i);
-  const void* x = element_ptr(job.a.x, (job.row0 + i) * k, job.a.dtype);
+  const void* x = job.x(i);
   for (int64_t run = 0; run < job.runs; ++run) {
     __m512 f[8];
     for (int v = 0; v < 8; ++v) {
@@ -93,8 +77,7 @@ bool split_integers(const Job& job, int i) {
       }
       if (_mm512_reduce_add_ps(clipped) < 16.0f * top * kOutlier) return false;
       const __m512 inverse = _mm512_set1_ps(top == 0.0f ? 0.0f : kXMax / top);
-      const __m512 scale = _mm512_set1_ps(top / (kXMax * kCodeUnit));
-      _mm512_mask_storeu_ps(scales + run * 16, half == 0 ? 0x00ff : 0xff00, scale);
+      scales[run * kRunScales + half] = top / (kXMax * kCodeUnit);
       for (int v = 0; v < 4; v += 2) {
         const __m256i low = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(g[v], inverse)));
         const __m256i high = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(g[v + 1], inverse)));
@@ -107,10 +90,10 @@ bool split_integers(const Job& job, int i) {
 }
 
 // Vector c of a run holds columns 8i + (c ^ 1).
-void split_floats(const Job& job, int i) {
+void Avx512::split_floats(const Job& job, int i) {
   const int64_t k = job.a.weight.k;
   float* out = job.floats(i);
-  const void* x = element_ptr(job.a.x, (job.row0 + i) * k, job.a.dtype);
+  const void* x = job.x(i);
   for (int64_t run = 0; run < job.runs; ++run) {
     alignas(64) float natural[kRun] = {};
     const int64_t count = min64(kRun, k - run * kRun);
@@ -119,14 +102,9 @@ void split_floats(const Job& job, int i) {
   }
 }
 
-void split_row(Job& job, int i) {
-  job.integer_row[i] = job.a.dtype != DType::kFloat32 && job.blocks_aligned && split_integers(job, i);
-  if (!job.integer_row[i]) split_floats(job, i);
-}
-
 // ---- u = x·Aᵀ, one rank for every row of x ----------------------------------------------------------------
 
-void rank_column(const Job& job, int64_t q) {
+void Avx512::rank_column(const Job& job, int64_t q) {
   const Nf4LinearArgs& a = job.a;
   const int64_t k = a.weight.k;
   __m512 sums[kMaxRows][2];
@@ -139,7 +117,7 @@ void rank_column(const Job& job, int64_t q) {
       if (mask == 0) continue;
       const __m512 w = load16(element_ptr(row, at, a.lora_dtype), a.lora_dtype, mask);
       for (int i = 0; i < job.rows; ++i) {
-        const __m512 x = load16(element_ptr(a.x, (job.row0 + i) * k + at, a.dtype), a.dtype, mask);
+        const __m512 x = load16(element_ptr(job.x(i), at, a.dtype), a.dtype, mask);
         sums[i][h] = _mm512_fmadd_ps(w, x, sums[i][h]);
       }
     }
@@ -152,72 +130,79 @@ void rank_column(const Job& job, int64_t q) {
 
 // ---- the pass over W ----------------------------------------------------------------------------------------
 
-// Scales of the blocks that columns [k0, k1) of `row` meet, zeros for a run past the end.
-inline int64_t chunk_scales(const Nf4Weight& w, const float* map, int64_t row, int64_t k0, int64_t k1,
-                            float* out) {
-  const int64_t first = (row * w.k + k0) / w.blocksize, last = (row * w.k + k1 - 1) / w.blocksize;
-  decode_absmax_row(w.scales, map, first, last - first + 1, out);
-  _mm512_storeu_ps(out + (last - first + 1), _mm512_setzero_ps());
-  return first;
+// One run of kOut rows of W, bytes_per_row apart, against kIn rows of x. scales[o][i]: absmax * xscale of the
+// run's two blocks.
+template <int kOut, int kIn, bool kWhole>
+[[gnu::always_inline]] inline void integer_run(const uint8_t* bytes, int64_t bytes_per_row, __mmask64 mask,
+                                               int64_t ahead, __m512i table, const Row* rows, int64_t run,
+                                               const float (&scales)[kOut][kIn][kChunkRuns * kRunScales],
+                                               int64_t chunk, __m512 (&sums)[kOut][kIn]) {
+  __m512i values[kOut][4];
+  for (int o = 0; o < kOut; ++o) {
+    const uint8_t* here = bytes + o * bytes_per_row + run * 64;
+    // To L2, which can wait for more lines at once than L1.
+    __builtin_prefetch(here + ahead, 0, 2);
+    const __m512i words = kWhole ? _mm512_loadu_si512(here) : _mm512_maskz_loadu_epi8(mask, here);
+    for (int c = 0; c < 4; ++c) {
+      values[o][c] = _mm512_permutexvar_epi16(c == 0 ? words : _mm512_srli_epi16(words, 4 * c), table);
+    }
+  }
+  for (int i = 0; i < kIn; ++i) {
+    const int16_t* x = rows[i].integers + run * kRun;
+    __m512i x_words[4];
+    for (int c = 0; c < 4; ++c) x_words[c] = _mm512_load_si512(x + c * 32);
+    // Row by row of W within each look-up: their sums do not wait for each other.
+    __m512i dot[kOut];
+    for (int o = 0; o < kOut; ++o) dot[o] = _mm512_setzero_si512();
+    for (int c = 0; c < 4; ++c) {
+      for (int o = 0; o < kOut; ++o) dot[o] = _mm512_dpwssd_epi32(dot[o], values[o][c], x_words[c]);
+    }
+    for (int o = 0; o < kOut; ++o) {
+      const float* pair = scales[o][i] + (run - chunk) * kRunScales;
+      const __m512 scale = _mm512_mask_broadcastss_ps(_mm512_set1_ps(pair[0]), 0xff00, _mm_load_ss(pair + 1));
+      sums[o][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[o]), scale, sums[o][i]);
+    }
+  }
 }
 
-// kOut rows of W from `n0` on, against kIn rows of x; sums are added to.
+// kOut rows of W from `n0` on, against kIn rows of x.
 template <int kOut, int kIn>
 void integer_pass(const Job& job, const Row* rows, int64_t n0, __m512 (&sums)[kOut][kIn]) {
   const Nf4Weight& w = job.a.weight;
   const float* map = nf4_dynamic_map();
   const int64_t bytes_per_row = w.k / 2;
   const int shift = __builtin_ctzll(static_cast<uint64_t>(w.blocksize));
-  alignas(64) int16_t codes[32];
-  for (int c = 0; c < 32; ++c) {
-    const float scaled = kNf4Codes[c % 16] * kCodeUnit;
-    codes[c] = static_cast<int16_t>(scaled < 0.0f ? scaled - 0.5f : scaled + 0.5f);
+  const uint8_t* bytes = w.packed + n0 * bytes_per_row;
+  const int64_t ahead = max64(8, kBytesAhead / bytes_per_row) * bytes_per_row;
+  alignas(32) int16_t codes[16];
+  integer_codes(codes);
+  const __m512i table = _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(codes)));
+  alignas(64) float absmax[kMostScales], scales[kOut][kIn][kChunkRuns * kRunScales];
+  __m512 local[kOut][kIn];
+  for (int o = 0; o < kOut; ++o) {
+    for (int i = 0; i < kIn; ++i) local[o][i] = sums[o][i];
   }
-  const __m512i table = _mm512_load_si512(codes);
-  const __m512i halves = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-  alignas(64) float scales[kOut][kChunkScales];
   for (int64_t chunk = 0; chunk < job.runs; chunk += kChunkRuns) {
-    const int64_t stop = min64(job.runs, chunk + kChunkRuns), k0 = chunk * kRun;
-    int64_t first[kOut];
+    const int64_t stop = min64(job.runs, chunk + kChunkRuns), whole = min64(stop, w.k / kRun);
     for (int o = 0; o < kOut; ++o) {
-      first[o] = chunk_scales(w, map, n0 + o, k0, min64(w.k, stop * kRun), scales[o]);
-    }
-    for (int64_t run = chunk; run < stop; ++run) {
-      __m512i values[kOut][4];
-      __m512 absmax[kOut];
-      for (int o = 0; o < kOut; ++o) {
-        const int64_t flat = (n0 + o) * w.k + run * kRun;
-        const uint8_t* bytes = w.packed + (n0 + o) * bytes_per_row + run * 64;
-        // The rows that come next, while these are worked on: each is a stream too short for the hardware to
-        // follow.
-        if (n0 + o + 2 * kOut < w.n) __builtin_prefetch(bytes + 2 * kOut * bytes_per_row);
-        const __m512i words = (run + 1) * kRun <= w.k
-                                  ? _mm512_loadu_si512(bytes)
-                                  : _mm512_maskz_loadu_epi8(mask64((w.k - run * kRun) / 2), bytes);
-        for (int c = 0; c < 4; ++c) {
-          values[o][c] = _mm512_permutexvar_epi16(c == 0 ? words : _mm512_srli_epi16(words, 4 * c), table);
-        }
-        if (shift == 6) {  // two neighbours: one 8-byte broadcast
-          const __m512 pair =
-              _mm512_castpd_ps(_mm512_set1_pd(load_unaligned<double>(scales[o] + ((flat >> 6) - first[o]))));
-          absmax[o] = _mm512_permutexvar_ps(halves, pair);
-        } else {
-          absmax[o] = _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(scales[o][(flat >> shift) - first[o]]),
-                                           _mm512_set1_ps(scales[o][((flat + 64) >> shift) - first[o]]));
-        }
-      }
-      for (int i = 0; i < kIn; ++i) {
-        const int16_t* x = rows[i].integers + run * kRun;
-        const __m512 x_scale = _mm512_load_ps(rows[i].scales + run * 16);
-        __m512i x_words[4];
-        for (int c = 0; c < 4; ++c) x_words[c] = _mm512_load_si512(x + c * 32);
-        for (int o = 0; o < kOut; ++o) {
-          __m512i dot = _mm512_setzero_si512();
-          for (int c = 0; c < 4; ++c) dot = _mm512_dpwssd_epi32(dot, values[o][c], x_words[c]);
-          sums[o][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_mul_ps(absmax[o], x_scale), sums[o][i]);
+      chunk_scales<Avx512>(w, map, shift, n0 + o, chunk * kRun, min64(w.k, stop * kRun), absmax);
+      for (int64_t b = 0; b < (stop - chunk) * kRunScales; b += 16) {
+        for (int i = 0; i < kIn; ++i) {
+          const __m512 x_scales = _mm512_loadu_ps(rows[i].scales + chunk * kRunScales + b);
+          _mm512_store_ps(scales[o][i] + b, _mm512_mul_ps(_mm512_load_ps(absmax + b), x_scales));
         }
       }
     }
+    for (int64_t run = chunk; run < whole; ++run) {
+      integer_run<kOut, kIn, true>(bytes, bytes_per_row, 0, ahead, table, rows, run, scales, chunk, local);
+    }
+    if (whole < stop) {
+      integer_run<kOut, kIn, false>(bytes, bytes_per_row, mask64((w.k - whole * kRun) / 2), 0, table, rows, whole,
+                                    scales, chunk, local);
+    }
+  }
+  for (int o = 0; o < kOut; ++o) {
+    for (int i = 0; i < kIn; ++i) sums[o][i] = local[o][i];
   }
 }
 
@@ -230,12 +215,12 @@ void float_pass(const Job& job, const Row* rows, int64_t n0, __m512 (&sums)[kOut
   const __m128i shift_by = _mm_cvtsi32_si128(shift);
   const __m512 codes = _mm512_loadu_ps(kNf4Codes);
   const __m512i lane8 = _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
-  alignas(64) float scales[kOut][kChunkScales];
+  alignas(64) float scales[kOut][kMostScales];
   for (int64_t chunk = 0; chunk < job.runs; chunk += kChunkRuns) {
     const int64_t stop = min64(job.runs, chunk + kChunkRuns);
     int64_t first[kOut];
     for (int o = 0; o < kOut; ++o) {
-      first[o] = chunk_scales(w, map, n0 + o, chunk * kRun, min64(w.k, stop * kRun), scales[o]);
+      first[o] = chunk_absmax<Avx512>(w, map, shift, n0 + o, chunk * kRun, min64(w.k, stop * kRun), scales[o]);
     }
     for (int64_t run = chunk; run < stop; ++run) {
       for (int o = 0; o < kOut; ++o) {
@@ -294,7 +279,7 @@ void output_rows(const Job& job, const Row* rows, int64_t n0) {
 
 // Rows of W [begin, end) against `count` rows of x, kOut of W at a time.
 template <int kIn, bool kInteger>
-void outputs(const Job& job, const Row* rows, int64_t begin, int64_t end) {
+void outputs_of(const Job& job, const Row* rows, int64_t begin, int64_t end) {
   constexpr int kOut = kInteger ? (kIn == 1 ? 4 : 2) : (kIn == 1 ? 2 : 1);
   int64_t n = begin;
   for (; n + kOut <= end; n += kOut) output_rows<kOut, kIn, kInteger>(job, rows, n);
@@ -302,67 +287,21 @@ void outputs(const Job& job, const Row* rows, int64_t begin, int64_t end) {
 }
 
 template <bool kInteger>
-void outputs_of(const Job& job, const Row* rows, int count, int64_t begin, int64_t end) {
+void Avx512::outputs(const Job& job, const Row* rows, int count, int64_t begin, int64_t end) {
   switch (count) {
-    case 0: break;
-    case 1: outputs<1, kInteger>(job, rows, begin, end); break;
-    case 2: outputs<2, kInteger>(job, rows, begin, end); break;
-    case 3: outputs<3, kInteger>(job, rows, begin, end); break;
-    case 4: outputs<4, kInteger>(job, rows, begin, end); break;
-    case 5: outputs<5, kInteger>(job, rows, begin, end); break;
-    case 6: outputs<6, kInteger>(job, rows, begin, end); break;
-    case 7: outputs<7, kInteger>(job, rows, begin, end); break;
-    default: outputs<8, kInteger>(job, rows, begin, end); break;
+    case 1: outputs_of<1, kInteger>(job, rows, begin, end); break;
+    case 2: outputs_of<2, kInteger>(job, rows, begin, end); break;
+    case 3: outputs_of<3, kInteger>(job, rows, begin, end); break;
+    case 4: outputs_of<4, kInteger>(job, rows, begin, end); break;
+    case 5: outputs_of<5, kInteger>(job, rows, begin, end); break;
+    case 6: outputs_of<6, kInteger>(job, rows, begin, end); break;
+    case 7: outputs_of<7, kInteger>(job, rows, begin, end); break;
+    default: outputs_of<8, kInteger>(job, rows, begin, end); break;
   }
-}
-
-void first_phase(void* context, int64_t begin, int64_t end) {
-  Job& job = *static_cast<Job*>(context);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    if (unit < job.rows) {
-      split_row(job, static_cast<int>(unit));
-    } else {
-      rank_column(job, unit - job.rows);
-    }
-  }
-}
-
-void second_phase(void* context, int64_t begin, int64_t end) {
-  const Job& job = *static_cast<const Job*>(context);
-  Row integer[kMaxRows], real[kMaxRows];
-  int integers = 0, reals = 0;
-  for (int i = 0; i < job.rows; ++i) {
-    Row& row = job.integer_row[i] ? integer[integers++] : real[reals++];
-    row = {job.integers(i), job.scales(i), job.floats(i), job.low_rank(i), job.row0 + i};
-  }
-  outputs_of<true>(job, integer, integers, begin, end);
-  outputs_of<false>(job, real, reals, begin, end);
 }
 
 }  // namespace
 
-Status nf4_linear_decode_avx512(const Nf4LinearArgs& a) {
-  constexpr int64_t kScratchBytes = 4 << 20;
-  const int64_t runs = ceil_div(a.weight.k, kRun), r_pad = round_up(a.r, 16);
-  const int64_t row_bytes = max64(64, round_up(runs * kRun * 4 + r_pad * 4, 64));
-  const int64_t most = max64(1, min64(kMaxRows, kScratchBytes / row_bytes));
-  for (int64_t row0 = 0; row0 < a.m; row0 += most) {
-    const int rows = static_cast<int>(min64(most, a.m - row0));
-    auto* scratch = static_cast<uint8_t*>(thread_scratch(static_cast<size_t>(rows * row_bytes)));
-    if (scratch == nullptr) return Status::kOutOfMemory;
-    Job job{a,       row0,      rows, runs, r_pad, a.weight.k % 64 == 0 && a.weight.blocksize % 64 == 0,
-            scratch, row_bytes, {}};
-    const bool compute_u = a.r > 0 && a.lora_a != nullptr;
-    parallel_ranges(rows + (compute_u ? a.r : 0), a.threads, first_phase, &job);
-    for (int i = 0; i < rows; ++i) {
-      float* low_rank = job.low_rank(i);
-      for (int64_t q = 0; q < r_pad; ++q) {
-        low_rank[q] = q < a.r ? a.scaling * load_as_float(a.u, (row0 + i) * a.r + q, a.dtype) : 0.0f;
-      }
-    }
-    parallel_ranges(a.weight.n, a.threads, second_phase, &job);
-  }
-  return Status::kOk;
-}
+Status nf4_linear_decode_avx512(const Nf4LinearArgs& a) { return decode_linear<Avx512>(a); }
 
 }  // namespace fastlora::cpu

@@ -56,6 +56,11 @@ struct Nf4Weight {
 // The 256 values of the signed dynamic 8-bit map, ascending; built once, the same bits everywhere.
 const float* nf4_dynamic_map();
 
+// The magnitudes of its entries 127 .. 254 (0 and up) as two planes of words, 128 low halves and then 128 high
+// ones, 64-byte aligned: for kernels that look them up in registers. Entry 127 - i is -(entry 127 + i); entry 255
+// is 1.
+const uint16_t* nf4_dynamic_map_planes();
+
 struct Nf4QuantizeArgs {
   const void* weight;  // (rows, cols), dtype
   DType dtype;
