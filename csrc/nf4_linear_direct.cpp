@@ -122,32 +122,22 @@ PyObject* new_output(PyObject* x, const View& v, int64_t n) {
   return out;
 }
 
-enum Position {
-  kX,
-  kPacked,
-  kScales,
-  kNested,
-  kBlocksize,
-  kBias,
-  kLoraA,
-  kLoraB,
-  kScaling,
-  kThreads,
-  kIsa,
-  kCount
-};
+enum Position { kX, kWeight, kBias, kLoraA, kLoraB, kScaling, kThreads, kIsa, kCount };
 
+// (x, (packed, scales, nested or None, blocksize), bias, lora_a, lora_b (or None), scaling, threads, isa)
 PyObject* nf4_linear_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != kCount) {
-    PyErr_Format(PyExc_TypeError, "nf4_linear_direct: expected %d arguments, got %zd", int{kCount}, count);
+  if (count != kCount || !PyTuple_Check(args[kWeight]) || PyTuple_GET_SIZE(args[kWeight]) != 4) {
+    PyErr_SetString(PyExc_TypeError, "nf4_linear_direct: expected 8 arguments, a tuple of 4 for the second");
     return nullptr;
   }
+  PyObject* weight = args[kWeight];
   View x, packed, scales, nested, bias, lora_a, lora_b;
   int64_t blocksize, threads, isa;
-  if (g_torch.read == nullptr || !read(args[kX], true, &x) || !read(args[kPacked], false, &packed) ||
-      !read(args[kScales], false, &scales) || !read_optional(args[kNested], false, &nested) ||
-      !read_optional(args[kBias], true, &bias) || !read_optional(args[kLoraA], true, &lora_a) ||
-      !read_optional(args[kLoraB], true, &lora_b) || !read_int(args[kBlocksize], &blocksize) ||
+  if (g_torch.read == nullptr || !read(args[kX], true, &x) || !read(PyTuple_GET_ITEM(weight, 0), false, &packed) ||
+      !read(PyTuple_GET_ITEM(weight, 1), false, &scales) ||
+      !read_optional(PyTuple_GET_ITEM(weight, 2), false, &nested) ||
+      !read_int(PyTuple_GET_ITEM(weight, 3), &blocksize) || !read_optional(args[kBias], true, &bias) ||
+      !read_optional(args[kLoraA], true, &lora_a) || !read_optional(args[kLoraB], true, &lora_b) ||
       !read_int(args[kThreads], &threads) || !read_int(args[kIsa], &isa) || !PyFloat_Check(args[kScaling])) {
     Py_RETURN_NONE;
   }

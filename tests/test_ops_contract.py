@@ -230,6 +230,19 @@ def test_bad_input_is_named(name: str, changes: dict, kind: type[Exception], mes
         call(name, **changes)
 
 
+@pytest.mark.parametrize("name", ARGS)
+def test_freed_storage_is_an_error(name: str) -> None:
+    args = ARGS[name]()
+    first = next(iter(args))
+    freed = args[first].clone()
+    freed.untyped_storage().resize_(0)
+    message = (
+        f"{name}: expected tensors with data, got one of shape {tuple(freed.shape)} whose storage was freed"
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+        call(name, **{first: freed})
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_a_rank_of_zero_is_no_adapter(dtype: torch.dtype) -> None:
     args = linear_args(Case(M, N, K, 0, 64, dtype))

@@ -86,10 +86,7 @@ def isa_available(isa: int, /) -> bool: ...
 def isa_name(isa: int, /) -> str: ...
 def nf4_linear_direct(
     x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    blocksize: int,
+    weight: tuple[Tensor, Tensor, Tensor | None, int],
     bias: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, direct, ops  # noqa: F401  (ops registers torch.ops.fastlora)
+from . import checks, direct, ops_linear  # noqa: F401  (ops_linear registers the ops)
+from .checks import Packed
 from .nf4 import NF4Weight
 
 _linear = torch.ops.fastlora.nf4_linear.default
@@ -67,33 +68,20 @@ def nf4_linear(
             f"nf4_linear: expected x of shape (..., {weight.shape[1]}) to match the weight "
             f"{tuple(weight.shape)}, got {tuple(x.shape)}"
         )
-    return linear_from_parts(
-        x,
-        weight.packed,
-        weight.scales,
-        weight.nested,
-        weight.blocksize,
-        bias,
-        lora_a,
-        lora_b,
-        scaling,
-        dropout,
-    )
+    packed = (weight.packed, weight.scales, weight.nested, weight.blocksize)
+    return linear_from_parts(x, packed, bias, lora_a, lora_b, scaling, dropout)
 
 
 def linear_from_parts(
     x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    blocksize: int,
+    weight: Packed,
     bias: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """:func:`nf4_linear` over the weight's three tensors (storage as in ops.py)."""
+    """:func:`nf4_linear` over the parts of a weight."""
     if _any_autocast():
         device_type = x.device.type
         if _autocast_is_on(device_type) and x.dtype in checks.DTYPE_CODE:
@@ -112,25 +100,16 @@ def linear_from_parts(
         or (lora_b is not None and lora_b.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
-        return _Nf4Linear.apply(
-            x, packed, scales, nested, blocksize, bias, lora_a, lora_b, scaling, seed, dropout
-        )
-    if seed is None:
-        y = direct.linear(x, packed, scales, nested, blocksize, bias, lora_a, lora_b, scaling)
-        if y is None:
-            y = _linear(x, packed, scales, nested, blocksize, bias, lora_a, lora_b, scaling)
-        return y
-    return _forward_dropped(
-        x, packed, scales, nested, blocksize, bias, lora_a, lora_b, scaling, seed, dropout
-    )[0]
+        return _Nf4Linear.apply(x, *weight, bias, lora_a, lora_b, scaling, seed, dropout)
+    if seed is not None:
+        return _forward_dropped(x, weight, bias, lora_a, lora_b, scaling, seed, dropout)[0]
+    y = direct.linear(x, weight, bias, lora_a, lora_b, scaling)
+    return _linear(x, *weight, bias, lora_a, lora_b, scaling) if y is None else y
 
 
 def _forward_dropped(
     x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    blocksize: int,
+    weight: Packed,
     bias: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
@@ -140,12 +119,13 @@ def _forward_dropped(
 ) -> tuple[Tensor, Tensor]:
     """(y, u) where only the low-rank term sees the dropped x."""
     # The op below checks again, but the matrix product before it would fail less clearly.
-    checks.check_linear("nf4_linear", x, packed, scales, nested, blocksize, bias, lora_a, lora_b)
+    n, k = checks.check_linear("nf4_linear", x, weight, bias)
+    checks.check_lora("nf4_linear", lora_a, lora_b, n, k, x.device)
     assert lora_a is not None
     assert lora_b is not None
     dropped = _dropout(x, seed, dropout)
     u = _mm(_rows(dropped), lora_a.to(x.dtype).t(), x.dtype).reshape(*x.shape[:-1], lora_a.shape[0])
-    return _linear_given_u(x, u, packed, scales, nested, blocksize, bias, lora_b, scaling), u
+    return _linear_given_u(x, u, *weight, bias, lora_b, scaling), u
 
 
 def _autocast_is_on(device_type: str) -> bool:
@@ -190,7 +170,7 @@ class _Nf4Linear(torch.autograd.Function):
         elif seed is None:
             y, u = _linear_with_u(x, *weight, bias, lora_a, lora_b, scaling)
         else:
-            y, u = _forward_dropped(x, *weight, bias, lora_a, lora_b, scaling, seed, dropout)
+            y, u = _forward_dropped(x, weight, bias, lora_a, lora_b, scaling, seed, dropout)
         learns_a, learns_b = ctx.needs_input_grad[6], ctx.needs_input_grad[7]
         ctx.save_for_backward(
             x if learns_a else None, u if learns_b else None, packed, scales, nested, lora_a, lora_b, seed

@@ -6,12 +6,17 @@ ValueError for shapes and values, TypeError for dtypes, RuntimeError for devices
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+# A weight as the ops take it: packed, scales, nested, blocksize. A plain tuple is the cheapest to pass on.
+Packed: TypeAlias = tuple[Tensor, Tensor, Tensor | None, int]
 
 
 def block_count(count: int, blocksize: int) -> int:
@@ -28,48 +33,51 @@ def check_blocksize(op: str, blocksize: int) -> None:
         raise ValueError(f"{op}: expected blocksize in {BLOCKSIZES}, got {blocksize}")
 
 
-def check_shape(op: str, name: str, t: Tensor, shape: tuple[int, ...], why: str, *values: object) -> None:
-    """`why` is formatted with `values` only when it is needed: these checks run at every call."""
-    if t.shape != shape:
-        reason = why.format(*values)
-        raise ValueError(f"{op}: expected {name} of shape {tuple(shape)} ({reason}), got {tuple(t.shape)}")
+def check_device(op: str, name: str, t: Tensor, device: torch.device) -> None:
+    if t.device != device:
+        raise RuntimeError(f"{op}: expected {name} on {device}, got {t.device}")
 
 
 def check_bytes(op: str, name: str, t: Tensor, device: torch.device) -> None:
     if t.dtype is not torch.uint8:
         raise TypeError(f"{op}: expected {name} in uint8, got {t.dtype}")
-    if t.device != device:
-        raise RuntimeError(f"{op}: expected {name} on {device}, got {t.device}")
+    check_device(op, name, t, device)
 
 
-def check_same_device(op: str, name: str, t: Tensor, device: torch.device) -> None:
-    if t.device != device:
-        raise RuntimeError(f"{op}: expected {name} on {device}, got {t.device}")
+def check_shape(op: str, name: str, t: Tensor, shape: tuple[int, ...], why: str, *values: object) -> None:
+    """`why` is formatted with `values` only when it is needed."""
+    if t.shape != shape:
+        reason = why.format(*values)
+        raise ValueError(f"{op}: expected {name} of shape {tuple(shape)} ({reason}), got {tuple(t.shape)}")
 
 
-def check_weight(
-    op: str,
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    rows: int,
-    cols: int,
-    blocksize: int,
-    device: torch.device,
-) -> None:
-    """The three tensors of a (rows, cols) NF4 weight."""
+def check_scales(op: str, scales: Tensor, nested: Tensor | None, blocks: int) -> None:
+    """The sizes of a weight's scales."""
+    if nested is None:
+        check_shape(op, "scales", scales, (4 * blocks,), "{} blocks, 4 bytes each", blocks)
+        return
+    check_shape(op, "scales", scales, (blocks,), "{} blocks, one byte each", blocks)
+    groups = block_count(blocks, NESTED_BLOCKSIZE)
+    check_shape(op, "nested", nested, (4 * (1 + groups),), "an offset and {} scales of 4 bytes", groups)
+
+
+def check_matrix(op: str, packed: Tensor) -> int:
+    """Returns n."""
+    if packed.dim() != 2:
+        raise ValueError(f"{op}: expected packed of shape (n, ceil(k / 2)), got {tuple(packed.shape)}")
+    return packed.shape[0]
+
+
+def check_weight(op: str, weight: Packed, rows: int, cols: int, device: torch.device) -> None:
+    """The parts of a (rows, cols) weight."""
+    packed, scales, nested, blocksize = weight
     check_blocksize(op, blocksize)
     check_bytes(op, "packed", packed, device)
     check_bytes(op, "scales", scales, device)
     check_shape(op, "packed", packed, (rows, (cols + 1) // 2), "a weight of {} x {}", rows, cols)
-    blocks = block_count(rows * cols, blocksize)
-    if nested is None:
-        check_shape(op, "scales", scales, (4 * blocks,), "{} blocks, 4 bytes each", blocks)
-        return
-    check_bytes(op, "nested", nested, device)
-    check_shape(op, "scales", scales, (blocks,), "{} blocks, one byte each", blocks)
-    groups = block_count(blocks, NESTED_BLOCKSIZE)
-    check_shape(op, "nested", nested, (4 * (1 + groups),), "an offset and {} scales of 4 bytes", groups)
+    if nested is not None:
+        check_bytes(op, "nested", nested, device)
+    check_scales(op, scales, nested, block_count(rows * cols, blocksize))
 
 
 def check_activation(op: str, name: str, t: Tensor, features: int, what: str) -> None:
@@ -91,8 +99,8 @@ def check_lora(
     check_float(op, "lora_a", lora_a)
     if lora_b.dtype is not lora_a.dtype:
         raise TypeError(f"{op}: expected lora_b in lora_a's dtype {lora_a.dtype}, got {lora_b.dtype}")
-    check_same_device(op, "lora_a", lora_a, device)
-    check_same_device(op, "lora_b", lora_b, device)
+    check_device(op, "lora_a", lora_a, device)
+    check_device(op, "lora_b", lora_b, device)
     shape = lora_a.shape
     if len(shape) != 2 or shape[1] != k:
         raise ValueError(f"{op}: expected lora_a of shape (r, {k}), got {tuple(shape)}")
@@ -100,34 +108,37 @@ def check_lora(
     return shape[0]
 
 
-def check_linear(
-    op: str,
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    blocksize: int,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-) -> tuple[int, int, int]:
-    """Returns (n, k, r)."""
+def check_linear(op: str, x: Tensor, weight: Packed, bias: Tensor | None) -> tuple[int, int]:
+    """What x·Wᵀ + bias demands, without an adapter. Returns (n, k)."""
     check_float(op, "x", x)
-    lead, shape, device = x.shape, packed.shape, x.device
+    lead, device, packed = x.shape, x.device, weight[0]
     if not lead:
         raise ValueError(f"{op}: expected x of shape (..., in_features), got a 0-dimensional tensor")
-    if len(shape) != 2:
-        raise ValueError(f"{op}: expected packed of shape (n, ceil(k / 2)), got {tuple(shape)}")
-    n, k = shape[0], lead[-1]
-    if shape[1] != (k + 1) // 2:
+    n, k = check_matrix(op, packed), lead[-1]
+    if packed.shape[1] != (k + 1) // 2:
         raise ValueError(
-            f"{op}: expected x of shape (..., k) with ceil(k / 2) = {shape[1]} to match packed "
-            f"{tuple(shape)}, got {tuple(lead)}"
+            f"{op}: expected x of shape (..., k) with ceil(k / 2) = {packed.shape[1]} to match packed "
+            f"{tuple(packed.shape)}, got {tuple(lead)}"
         )
-    check_weight(op, packed, scales, nested, n, k, blocksize, device)
+    check_weight(op, weight, n, k, device)
     if bias is not None:
         if bias.dtype is not x.dtype:
             raise TypeError(f"{op}: expected bias in x's dtype {x.dtype}, got {bias.dtype}")
-        check_same_device(op, "bias", bias, device)
+        check_device(op, "bias", bias, device)
         check_shape(op, "bias", bias, (n,), "out_features")
-    return n, k, check_lora(op, lora_a, lora_b, n, k, device)
+    return n, k
+
+
+def check_given_u(op: str, x: Tensor, u: Tensor, lora_b: Tensor, n: int) -> int:
+    """An adapter whose u = dropout(x)·Aᵀ is there already. Returns the rank."""
+    check_float(op, "lora_b", lora_b)
+    if u.dtype != x.dtype:
+        raise TypeError(f"{op}: expected u in x's dtype {x.dtype}, got {u.dtype}")
+    check_device(op, "u", u, x.device)
+    check_device(op, "lora_b", lora_b, x.device)
+    if u.dim() < 1:
+        raise ValueError(f"{op}: expected u of shape (..., rank), got a 0-dimensional tensor")
+    r = u.shape[-1]
+    check_shape(op, "u", u, (*x.shape[:-1], r), "x's rows, rank")
+    check_shape(op, "lora_b", lora_b, (n, r), "{} out_features, rank {}", n, r)
+    return r

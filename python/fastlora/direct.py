@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _C, isa
+from .checks import Packed
 
 _is_compiling = torch.compiler.is_compiling
 _function_modes = torch._C._len_torch_function_stack
@@ -36,22 +37,18 @@ AVAILABLE: bool = _setup()
 
 def linear(
     x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    blocksize: int,
+    weight: Packed,
     bias: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     scaling: float,
 ) -> Tensor | None:
-    """``nf4_linear`` (arguments as there; no gradient is wanted), or None: call the op."""
+    """``nf4_linear``, where no gradient is wanted, or None: call the op."""
     if _is_compiling() or _function_modes() or _profiler_is_on():
         return None
     keys = _keys()
     if keys != _NORMAL and keys != _INFERENCE:  # noqa: PLR1714 (a DispatchKeySet has no hash, and `in` is slower)
         return None
     return _C.nf4_linear_direct(
-        x, packed, scales, nested, blocksize, bias, lora_a, lora_b, scaling,
-        torch.get_num_threads(), isa._current,
-    )  # fmt: skip
+        x, weight, bias, lora_a, lora_b, scaling, torch.get_num_threads(), isa._current
+    )

@@ -201,10 +201,10 @@ class QLinear(nn.Linear):
             raise ValueError(f"QLinear: expected x of shape (..., {self.in_features}), got {tuple(shape)}")
         try:  # nn.Module looks names up in a dozen times the time; what wraps a layer may keep them elsewhere
             p: dict[str, Any] = self._parameters
-            tensors = (p["weight"], p["weight_scales"], p["weight_nested"])
+            weight = (p["weight"], p["weight_scales"], p["weight_nested"], self.blocksize)
             bias, lora_a, lora_b = p["bias"], p["lora_A"], p["lora_B"]
         except KeyError:
-            tensors = (self.weight, self.weight_scales, self.weight_nested)
+            weight = (self.weight, self.weight_scales, self.weight_nested, self.blocksize)
             bias, lora_a, lora_b = self.bias, self.lora_A, self.lora_B
         if self._unmerged is not None:
             if self.training and torch.is_grad_enabled():
@@ -214,16 +214,8 @@ class QLinear(nn.Linear):
             lora_a = lora_b = None
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        return linear_from_parts(
-            x,
-            *tensors,
-            self.blocksize,
-            bias,
-            lora_a,
-            lora_b,
-            self.scaling,
-            self.dropout if self.training else 0.0,
-        )
+        dropout = self.dropout if self.training else 0.0
+        return linear_from_parts(x, weight, bias, lora_a, lora_b, self.scaling, dropout)
 
     # --- the weight ---------------------------------------------------------------------------------------
 

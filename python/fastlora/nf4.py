@@ -56,11 +56,8 @@ class NF4Weight:
             )
         checks.check_weight(
             "NF4Weight",
-            self._packed_2d,
-            self.scales,
-            self.nested,
+            (self._packed_2d, self.scales, self.nested, self.blocksize),
             *self._rows_cols,
-            self.blocksize,
             self.device,
         )
 

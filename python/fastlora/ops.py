@@ -1,8 +1,9 @@
-"""The operators: ``torch.ops.fastlora.*``, their schemas, checks and fakes.
+"""The operators: ``torch.ops.fastlora.*``.
 
-Every op is defined here once, checked here once (the same checks for real and for traced tensors), and handed
-to the kernels as raw addresses. An error is raised before anything is written: ValueError for shapes and
-values, TypeError for dtypes, RuntimeError for devices and builds.
+An op is a schema and two functions of its arguments. One checks them and says what comes out, as (shape,
+dtype), for real and for traced tensors alike; the other hands addresses and sizes to the kernel, which fills
+the outputs. An error is raised before anything is written: ValueError for shapes and values, TypeError for
+dtypes, RuntimeError for devices and builds.
 
 Storage conventions shared by all ops (see fastlora/nf4.h):
 
@@ -14,512 +15,187 @@ Storage conventions shared by all ops (see fastlora/nf4.h):
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 
-from . import _C
-from .checks import (
-    DTYPE_CODE,
-    NESTED_BLOCKSIZE,
-    block_count,
-    check_activation,
-    check_blocksize,
-    check_float,
-    check_linear,
-    check_lora,
-    check_same_device,
-    check_shape,
-    check_weight,
-)
+from . import _C, checks
+from .checks import DTYPE_CODE, NESTED_BLOCKSIZE, block_count
 from .isa import level
+
+Outputs: TypeAlias = list[tuple[Sequence[int], torch.dtype]]
 
 _STATUS = {
     1: (ValueError, "the kernel refused its arguments"),
     2: (MemoryError, "no memory for the kernel's scratch buffer"),
     3: (RuntimeError, "this machine cannot run the requested instruction-set level"),
-    4: (ValueError, "the weight holds NaN or Inf"),
 }
-
-
-def _ptr(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _raise_status(op: str, status: int) -> None:
-    kind, text = _STATUS.get(status, (RuntimeError, f"status {status}"))
-    raise kind(f"{op}: {text}")
-
+_NOT_FINITE = 4
 
 _lib = torch.library.Library("fastlora", "DEF")
 
 
-def _no_cuda(op: str) -> Callable[..., Any]:
-    def raise_no_cuda(*args: Any, **kwargs: Any) -> Any:
+def ptr(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _readable(op: str, t: Tensor) -> Tensor:
+    if t.numel() and not t.data_ptr():
+        raise RuntimeError(
+            f"{op}: expected tensors with data, got one of shape {tuple(t.shape)} whose storage was freed"
+        )
+    return t.contiguous()
+
+
+def define(schema: str, outputs: Callable[..., Outputs], kernel: Callable[..., int]) -> None:
+    """Register an op. `kernel` gets the arguments, tensors made contiguous, then the outputs, and returns a
+    status."""
+    op = schema.split("(", 1)[0]
+
+    def pack(tensors: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+        return tensors[0] if len(tensors) == 1 else tuple(tensors)
+
+    def cpu(*args: Any) -> Tensor | tuple[Tensor, ...]:
+        out = [torch.empty(shape, dtype=dtype) for shape, dtype in outputs(*args)]
+        # Bound to a name: an address keeps no copy alive.
+        args = tuple([_readable(op, a) if isinstance(a, Tensor) else a for a in args])
+        status = kernel(*args, *out)
+        if status:
+            kind, text = _STATUS.get(status, (RuntimeError, f"status {status}"))
+            raise kind(f"{op}: {text}")
+        return pack(out)
+
+    def cuda(*args: Any) -> NoReturn:
         raise RuntimeError(
             f"{op}: expected CPU tensors, got CUDA ones; this build of fastlora holds no CUDA kernels "
             "(`python -m fastlora info` says what was built)"
         )
 
-    return raise_no_cuda
+    def fake(*args: Any) -> Tensor | tuple[Tensor, ...]:
+        return pack([args[0].new_empty(shape, dtype=dtype) for shape, dtype in outputs(*args)])
 
-
-def _register(schema: str, cpu: Callable[..., Any], fake: Callable[..., Any]) -> None:
-    name = schema.split("(", 1)[0]
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
-    _lib.impl(name, cpu, "CPU")
-    _lib.impl(name, _no_cuda(name), "CUDA")
-    torch.library.register_fake(f"fastlora::{name}", fake, lib=_lib)
+    _lib.impl(op, cpu, "CPU")
+    _lib.impl(op, cuda, "CUDA")
+    torch.library.register_fake(f"fastlora::{op}", fake, lib=_lib)
 
 
-def _quantize_shapes(weight: Tensor, blocksize: int, double_quant: bool) -> tuple[list[int], int, int]:
-    check_float("nf4_quantize", "weight", weight)
-    check_blocksize("nf4_quantize", blocksize)
+# --- the format -------------------------------------------------------------------------------------------
+
+
+def _quantize_outputs(weight: Tensor, blocksize: int, double_quant: bool) -> Outputs:
+    checks.check_float("nf4_quantize", "weight", weight)
+    checks.check_blocksize("nf4_quantize", blocksize)
     if weight.dim() < 1:
         raise ValueError("nf4_quantize: expected a weight of at least one dimension, got a scalar")
     blocks = block_count(weight.numel(), blocksize)
-    nested = 4 * (1 + block_count(blocks, NESTED_BLOCKSIZE)) if double_quant else 0
-    return [*weight.shape[:-1], (weight.shape[-1] + 1) // 2], blocks, nested
+    return [
+        ([*weight.shape[:-1], (weight.shape[-1] + 1) // 2], torch.uint8),
+        ([blocks if double_quant else 4 * blocks], torch.uint8),
+        ([4 * (1 + block_count(blocks, NESTED_BLOCKSIZE)) if double_quant else 0], torch.uint8),
+    ]
 
 
-def _nf4_quantize_cpu(weight: Tensor, blocksize: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
-    packed_shape, blocks, nested_bytes = _quantize_shapes(weight, blocksize, double_quant)
-    weight = weight.contiguous()
-    cols = weight.shape[-1]
-    rows = weight.numel() // cols if cols else 0
-    packed = torch.empty(packed_shape, dtype=torch.uint8)
-    absmax = torch.empty(blocks, dtype=torch.float32)
-    threads = torch.get_num_threads()
+def _quantize(
+    weight: Tensor, blocksize: int, double_quant: bool, packed: Tensor, scales: Tensor, nested: Tensor
+) -> int:
+    cols, blocks, threads = weight.shape[-1], block_count(weight.numel(), blocksize), torch.get_num_threads()
+    absmax = torch.empty(blocks, dtype=torch.float32) if double_quant else scales
     status = _C.nf4_quantize(
-        weight.data_ptr(), DTYPE_CODE[weight.dtype], rows, cols, blocksize, packed.data_ptr(),
-        absmax.data_ptr(), threads, level(),
+        weight.data_ptr(), DTYPE_CODE[weight.dtype], prod(weight.shape[:-1]), cols, blocksize,
+        packed.data_ptr(), absmax.data_ptr(), threads, level(),
     )  # fmt: skip
-    if status == 4:
-        bad = ~torch.isfinite(weight)
-        first = int(bad.reshape(-1).view(torch.uint8).argmax())
-        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), weight.shape))
-        raise ValueError(
-            f"nf4_quantize: expected finite weights, got {int(bad.sum())} NaN or Inf of {weight.numel()}, "
-            f"the first at index {where}"
-        )
-    if status:
-        _raise_status("nf4_quantize", status)
-    if not double_quant:
-        return packed, absmax.view(torch.uint8), torch.empty(0, dtype=torch.uint8)
-    codes = torch.empty(blocks, dtype=torch.uint8)
-    nested = torch.empty(nested_bytes, dtype=torch.uint8)
-    status = _C.nf4_double_quantize(absmax.data_ptr(), blocks, codes.data_ptr(), nested.data_ptr(), threads)
-    if status:
-        _raise_status("nf4_quantize", status)
-    return packed, codes, nested
+    if status == _NOT_FINITE:
+        _raise_not_finite(weight)
+    if status or not double_quant:
+        return status
+    return _C.nf4_double_quantize(absmax.data_ptr(), blocks, scales.data_ptr(), nested.data_ptr(), threads)
 
 
-def _nf4_quantize_fake(weight: Tensor, blocksize: int, double_quant: bool) -> tuple[Tensor, Tensor, Tensor]:
-    packed_shape, blocks, nested_bytes = _quantize_shapes(weight, blocksize, double_quant)
+def _raise_not_finite(weight: Tensor) -> NoReturn:
+    bad = ~torch.isfinite(weight)
+    first = int(bad.reshape(-1).view(torch.uint8).argmax())
+    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), weight.shape))
+    raise ValueError(
+        f"nf4_quantize: expected finite weights, got {int(bad.sum())} NaN or Inf of {weight.numel()}, "
+        f"the first at index {where}"
+    )
 
-    def new(*shape: int) -> Tensor:
-        return weight.new_empty(shape, dtype=torch.uint8)
 
-    return new(*packed_shape), new(blocks if double_quant else 4 * blocks), new(nested_bytes)
-
-
-_register(
+define(
     "nf4_quantize(Tensor weight, int blocksize, bool double_quant) -> "
     "(Tensor packed, Tensor scales, Tensor nested)",
-    _nf4_quantize_cpu,
-    _nf4_quantize_fake,
+    _quantize_outputs,
+    _quantize,
 )
 
 
-def _check_scales(scales: Tensor, nested: Tensor | None) -> int:
-    """Returns the number of blocks."""
+def _decode_absmax_outputs(scales: Tensor, nested: Tensor | None) -> Outputs:
     op = "nf4_decode_absmax"
     for name, t in (("scales", scales), ("nested", nested)):
-        if t is None:
-            continue
-        if t.dtype != torch.uint8:
-            raise TypeError(f"{op}: expected {name} in uint8, got {t.dtype}")
-        check_same_device(op, name, t, scales.device)
-        if t.dim() != 1:
-            raise ValueError(f"{op}: expected {name} of one dimension, got shape {tuple(t.shape)}")
+        if t is not None:
+            checks.check_bytes(op, name, t, scales.device)
+            if t.dim() != 1:
+                raise ValueError(f"{op}: expected {name} of one dimension, got shape {tuple(t.shape)}")
+    blocks = scales.shape[0]
     if nested is None:
-        if scales.shape[0] % 4:
-            raise ValueError(f"{op}: expected scales of 4 bytes a block, got {scales.shape[0]} bytes")
-        return scales.shape[0] // 4
-    groups = block_count(scales.shape[0], NESTED_BLOCKSIZE)
-    check_shape(op, "nested", nested, (4 * (1 + groups),), "an offset and {} scales of 4 bytes", groups)
-    return scales.shape[0]
+        if blocks % 4:
+            raise ValueError(f"{op}: expected scales of 4 bytes a block, got {blocks} bytes")
+        blocks //= 4
+    checks.check_scales(op, scales, nested, blocks)
+    return [([blocks], torch.float32)]
 
 
-def _nf4_decode_absmax_cpu(scales: Tensor, nested: Tensor | None) -> Tensor:
-    blocks = _check_scales(scales, nested)
-    scales = scales.contiguous()
-    nested = None if nested is None else nested.contiguous()
-    absmax = torch.empty(blocks, dtype=torch.float32)
-    status = _C.nf4_decode_absmax(
-        scales.data_ptr(), _ptr(nested), blocks, absmax.data_ptr(), torch.get_num_threads()
+def _decode_absmax(scales: Tensor, nested: Tensor | None, absmax: Tensor) -> int:
+    return _C.nf4_decode_absmax(
+        scales.data_ptr(), ptr(nested), absmax.numel(), absmax.data_ptr(), torch.get_num_threads()
     )
-    if status:
-        _raise_status("nf4_decode_absmax", status)
-    return absmax
 
 
-def _nf4_decode_absmax_fake(scales: Tensor, nested: Tensor | None) -> Tensor:
-    return scales.new_empty(_check_scales(scales, nested), dtype=torch.float32)
+define("nf4_decode_absmax(Tensor scales, Tensor? nested) -> Tensor", _decode_absmax_outputs, _decode_absmax)
 
 
-_register(
-    "nf4_decode_absmax(Tensor scales, Tensor? nested) -> Tensor",
-    _nf4_decode_absmax_cpu,
-    _nf4_decode_absmax_fake,
+def _dequantize_outputs(
+    packed: Tensor, scales: Tensor, nested: Tensor | None, cols: int, blocksize: int, dtype: torch.dtype
+) -> Outputs:
+    op = "nf4_dequantize"
+    if dtype not in DTYPE_CODE:
+        raise TypeError(f"{op}: expected dtype float32, bfloat16 or float16, got {dtype}")
+    rows = checks.check_matrix(op, packed)
+    checks.check_weight(op, (packed, scales, nested, blocksize), rows, cols, packed.device)
+    return [((rows, cols), dtype)]
+
+
+def _dequantize(
+    packed: Tensor, scales: Tensor, nested: Tensor | None, cols: int, blocksize: int, dtype: torch.dtype,
+    out: Tensor,
+) -> int:  # fmt: skip
+    return _C.nf4_dequantize(
+        packed.data_ptr(), scales.data_ptr(), ptr(nested), packed.shape[0], cols, blocksize, out.data_ptr(),
+        DTYPE_CODE[dtype], torch.get_num_threads(), level(),
+    )  # fmt: skip
+
+
+define(
+    "nf4_dequantize(Tensor packed, Tensor scales, Tensor? nested, int cols, int blocksize, ScalarType dtype) "
+    "-> Tensor",
+    _dequantize_outputs,
+    _dequantize,
 )
 
 
 def nf4_dynamic_map() -> Tensor:
     """The 256 values of the signed dynamic 8-bit map that double quantisation indexes: float32, ascending."""
     identity = torch.tensor([0.0, 1.0]).view(torch.uint8)  # offset 0, scale 1
-    return _nf4_decode_absmax_cpu(torch.arange(256, dtype=torch.uint8), identity)
+    return torch.ops.fastlora.nf4_decode_absmax(torch.arange(256, dtype=torch.uint8), identity)
 
 
 def nf4_codes() -> Tensor:
     """The 16 values of NF4: float32, ascending."""
     packed = torch.arange(0x01, 0x100, 0x22, dtype=torch.int32).to(torch.uint8)  # 01 23 45 ... ef
     one = torch.ones(1).view(torch.uint8)
-    return _nf4_dequantize_cpu(packed.reshape(1, 8), one, None, 16, 32, torch.float32).reshape(16)
-
-
-def _check_dequantize(
-    packed: Tensor, scales: Tensor, nested: Tensor | None, cols: int, blocksize: int, dtype: torch.dtype
-) -> int:
-    op = "nf4_dequantize"
-    if dtype not in DTYPE_CODE:
-        raise TypeError(f"{op}: expected dtype float32, bfloat16 or float16, got {dtype}")
-    if packed.dim() != 2:
-        raise ValueError(f"{op}: expected packed of shape (n, ceil(k / 2)), got {tuple(packed.shape)}")
-    check_weight(op, packed, scales, nested, packed.shape[0], cols, blocksize, packed.device)
-    return packed.shape[0]
-
-
-def _nf4_dequantize_cpu(
-    packed: Tensor, scales: Tensor, nested: Tensor | None, cols: int, blocksize: int, dtype: torch.dtype
-) -> Tensor:
-    rows = _check_dequantize(packed, scales, nested, cols, blocksize, dtype)
-    packed, scales = packed.contiguous(), scales.contiguous()
-    nested = None if nested is None else nested.contiguous()
-    out = torch.empty((rows, cols), dtype=dtype)
-    status = _C.nf4_dequantize(
-        packed.data_ptr(), scales.data_ptr(), _ptr(nested), rows, cols, blocksize, out.data_ptr(),
-        DTYPE_CODE[dtype], torch.get_num_threads(), level(),
-    )  # fmt: skip
-    if status:
-        _raise_status("nf4_dequantize", status)
-    return out
-
-
-def _nf4_dequantize_fake(
-    packed: Tensor, scales: Tensor, nested: Tensor | None, cols: int, blocksize: int, dtype: torch.dtype
-) -> Tensor:
-    rows = _check_dequantize(packed, scales, nested, cols, blocksize, dtype)
-    return packed.new_empty((rows, cols), dtype=dtype)
-
-
-_register(
-    "nf4_dequantize(Tensor packed, Tensor scales, Tensor? nested, int cols, int blocksize, ScalarType dtype) "
-    "-> Tensor",
-    _nf4_dequantize_cpu,
-    _nf4_dequantize_fake,
-)
-
-
-def _run_linear(
-    op: str,
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    blocksize: int,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    scaling: float,
-) -> tuple[Tensor, Tensor | None]:
-    """(y, u), u None at rank 0."""
-    n, k, r = check_linear(op, x, packed, scales, nested, blocksize, bias, lora_a, lora_b)
-    # Contiguous copies are bound to names so that they outlive the call: an address keeps nothing alive.
-    x, packed, scales = x.contiguous(), packed.contiguous(), scales.contiguous()
-    nested = None if nested is None else nested.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    lora_a = None if lora_a is None else lora_a.contiguous()
-    lora_b = None if lora_b is None else lora_b.contiguous()
-    lead = x.shape[:-1]
-    m = lead.numel()
-    y = torch.empty(
-        *lead, n, dtype=x.dtype
-    )  # sizes as separate arguments: parsed in half the time of a tuple
-    # An empty lora_a has no address, and the kernel would take u for an input: have it be zeros.
-    u = (torch.empty if k else torch.zeros)(*lead, r, dtype=x.dtype) if r else None
-    status = _C.nf4_linear(
-        x.data_ptr(), packed.data_ptr(), scales.data_ptr(), _ptr(nested), _ptr(bias), _ptr(lora_a),
-        _ptr(lora_b), _ptr(u), y.data_ptr(), m, n, k, r, blocksize, scaling, DTYPE_CODE[x.dtype],
-        DTYPE_CODE[x.dtype if lora_a is None else lora_a.dtype], torch.get_num_threads(), level(),
-    )  # fmt: skip
-    if status:
-        _raise_status(op, status)
-    return y, u
-
-
-def _nf4_linear_cpu(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    blocksize: int,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    scaling: float,
-) -> Tensor:
-    return _run_linear("nf4_linear", x, packed, scales, nested, blocksize, bias, lora_a, lora_b, scaling)[0]
-
-
-def _nf4_linear_fake(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    blocksize: int,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    scaling: float,
-) -> Tensor:
-    n, _, _ = check_linear("nf4_linear", x, packed, scales, nested, blocksize, bias, lora_a, lora_b)
-    return x.new_empty((*x.shape[:-1], n))
-
-
-_LINEAR_ARGS = (
-    "(Tensor x, Tensor packed, Tensor scales, Tensor? nested, int blocksize, Tensor? bias, Tensor? lora_a, "
-    "Tensor? lora_b, float scaling)"
-)
-_register(f"nf4_linear{_LINEAR_ARGS} -> Tensor", _nf4_linear_cpu, _nf4_linear_fake)
-
-
-def _nf4_linear_with_u_cpu(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    blocksize: int,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    y, u = _run_linear("nf4_linear", x, packed, scales, nested, blocksize, bias, lora_a, lora_b, scaling)
-    return y, x.new_empty((*x.shape[:-1], 0)) if u is None else u
-
-
-def _nf4_linear_with_u_fake(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    blocksize: int,
-    bias: Tensor | None,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    n, _, r = check_linear("nf4_linear", x, packed, scales, nested, blocksize, bias, lora_a, lora_b)
-    return x.new_empty((*x.shape[:-1], n)), x.new_empty((*x.shape[:-1], r))
-
-
-_register(
-    f"nf4_linear_with_u{_LINEAR_ARGS} -> (Tensor y, Tensor u)",
-    _nf4_linear_with_u_cpu,
-    _nf4_linear_with_u_fake,
-)
-
-
-def _check_given_u(
-    op: str,
-    x: Tensor,
-    u: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    blocksize: int,
-    bias: Tensor | None,
-    lora_b: Tensor,
-) -> tuple[int, int, int]:
-    n, k, _ = check_linear(op, x, packed, scales, nested, blocksize, bias, None, None)
-    check_float(op, "lora_b", lora_b)
-    if u.dtype != x.dtype:
-        raise TypeError(f"{op}: expected u in x's dtype {x.dtype}, got {u.dtype}")
-    check_same_device(op, "u", u, x.device)
-    check_same_device(op, "lora_b", lora_b, x.device)
-    if u.dim() < 1:
-        raise ValueError(f"{op}: expected u of shape (..., rank), got a 0-dimensional tensor")
-    r = u.shape[-1]
-    check_shape(op, "u", u, (*x.shape[:-1], r), "x's rows, rank")
-    check_shape(op, "lora_b", lora_b, (n, r), "{} out_features, rank {}", n, r)
-    return n, k, r
-
-
-def _nf4_linear_given_u_cpu(
-    x: Tensor,
-    u: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    blocksize: int,
-    bias: Tensor | None,
-    lora_b: Tensor,
-    scaling: float,
-) -> Tensor:
-    op = "nf4_linear_given_u"
-    n, k, r = _check_given_u(op, x, u, packed, scales, nested, blocksize, bias, lora_b)
-    x, u, packed, scales = x.contiguous(), u.contiguous(), packed.contiguous(), scales.contiguous()
-    nested = None if nested is None else nested.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    lora_b = lora_b.contiguous()
-    lead = x.shape[:-1]
-    y = torch.empty((*lead, n), dtype=x.dtype)
-    status = _C.nf4_linear(
-        x.data_ptr(), packed.data_ptr(), scales.data_ptr(), _ptr(nested), _ptr(bias), 0, lora_b.data_ptr(),
-        u.data_ptr(), y.data_ptr(), lead.numel(), n, k, r, blocksize, scaling, DTYPE_CODE[x.dtype],
-        DTYPE_CODE[lora_b.dtype], torch.get_num_threads(), level(),
-    )  # fmt: skip
-    if status:
-        _raise_status(op, status)
-    return y
-
-
-def _nf4_linear_given_u_fake(
-    x: Tensor,
-    u: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    blocksize: int,
-    bias: Tensor | None,
-    lora_b: Tensor,
-    scaling: float,
-) -> Tensor:
-    n, _, _ = _check_given_u("nf4_linear_given_u", x, u, packed, scales, nested, blocksize, bias, lora_b)
-    return x.new_empty((*x.shape[:-1], n))
-
-
-_register(
-    "nf4_linear_given_u(Tensor x, Tensor u, Tensor packed, Tensor scales, Tensor? nested, int blocksize, "
-    "Tensor? bias, Tensor lora_b, float scaling) -> Tensor",
-    _nf4_linear_given_u_cpu,
-    _nf4_linear_given_u_fake,
-)
-
-
-def _check_grad_input(
-    dy: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    in_features: int,
-    blocksize: int,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-) -> tuple[int, int]:
-    """Returns (n, r)."""
-    op = "nf4_linear_grad_input"
-    if packed.dim() != 2:
-        raise ValueError(f"{op}: expected packed of shape (n, ceil(k / 2)), got {tuple(packed.shape)}")
-    n = packed.shape[0]
-    check_activation(op, "dy", dy, n, "the weight's out_features")
-    check_weight(op, packed, scales, nested, n, in_features, blocksize, dy.device)
-    return n, check_lora(op, lora_a, lora_b, n, in_features, dy.device)
-
-
-def _nf4_linear_grad_input_cpu(
-    dy: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    in_features: int,
-    blocksize: int,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    n, r = _check_grad_input(dy, packed, scales, nested, in_features, blocksize, lora_a, lora_b)
-    dy, packed, scales = dy.contiguous(), packed.contiguous(), scales.contiguous()
-    nested = None if nested is None else nested.contiguous()
-    lora_a = None if lora_a is None else lora_a.contiguous()
-    lora_b = None if lora_b is None else lora_b.contiguous()
-    lead = dy.shape[:-1]
-    dx = torch.empty((*lead, in_features), dtype=dy.dtype)
-    v = torch.empty((*lead, r), dtype=dy.dtype)
-    status = _C.nf4_linear_grad_input(
-        dy.data_ptr(), packed.data_ptr(), scales.data_ptr(), _ptr(nested), _ptr(lora_a), _ptr(lora_b),
-        v.data_ptr(), dx.data_ptr(), lead.numel(), n, in_features, r, blocksize, scaling,
-        DTYPE_CODE[dy.dtype], DTYPE_CODE[dy.dtype if lora_a is None else lora_a.dtype],
-        torch.get_num_threads(), level(),
-    )  # fmt: skip
-    if status:
-        _raise_status("nf4_linear_grad_input", status)
-    return dx, v
-
-
-def _nf4_linear_grad_input_fake(
-    dy: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    nested: Tensor | None,
-    in_features: int,
-    blocksize: int,
-    lora_a: Tensor | None,
-    lora_b: Tensor | None,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
-    _, r = _check_grad_input(dy, packed, scales, nested, in_features, blocksize, lora_a, lora_b)
-    return dy.new_empty((*dy.shape[:-1], in_features)), dy.new_empty((*dy.shape[:-1], r))
-
-
-_register(
-    "nf4_linear_grad_input(Tensor dy, Tensor packed, Tensor scales, Tensor? nested, int in_features, "
-    "int blocksize, Tensor? lora_a, Tensor? lora_b, float scaling) -> (Tensor dx, Tensor v)",
-    _nf4_linear_grad_input_cpu,
-    _nf4_linear_grad_input_fake,
-)
-
-
-def _check_dropout(x: Tensor, seed: Tensor, p: float) -> None:
-    check_float("lora_dropout", "x", x)
-    if seed.dtype != torch.int64 or seed.numel() != 1:
-        raise TypeError(
-            f"lora_dropout: expected seed as one int64, got {seed.dtype} of shape {tuple(seed.shape)}"
-        )
-    check_same_device("lora_dropout", "seed", seed, x.device)
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"lora_dropout: expected p in [0, 1), got {p}")
-
-
-def _lora_dropout_cpu(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    _check_dropout(x, seed, p)
-    x = x.contiguous()
-    out = torch.empty_like(x)
-    status = _C.lora_dropout(
-        x.data_ptr(), out.data_ptr(), x.numel(), int(seed.item()) & 0xFFFFFFFFFFFFFFFF, p,
-        DTYPE_CODE[x.dtype], torch.get_num_threads(),
-    )  # fmt: skip
-    if status:
-        _raise_status("lora_dropout", status)
-    return out
-
-
-def _lora_dropout_fake(x: Tensor, seed: Tensor, p: float) -> Tensor:
-    _check_dropout(x, seed, p)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-_register("lora_dropout(Tensor x, Tensor seed, float p) -> Tensor", _lora_dropout_cpu, _lora_dropout_fake)
+    codes = torch.ops.fastlora.nf4_dequantize(packed.reshape(1, 8), one, None, 16, 32, torch.float32)
+    return codes.reshape(16)

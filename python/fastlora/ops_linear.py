@@ -1,0 +1,154 @@
+"""The fused layer's operators: ``torch.ops.fastlora.nf4_linear*`` and ``lora_dropout``; as in ops.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C, checks
+from .checks import DTYPE_CODE, Packed
+from .isa import level
+from .ops import Outputs, define, ptr
+
+
+def _run_linear(
+    x: Tensor,
+    weight: Packed,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    u: Tensor | None,
+    scaling: float,
+    y: Tensor,
+) -> int:
+    """lora_a None: u is an input."""
+    packed, scales, nested, blocksize = weight
+    m, n, k = x.shape[:-1].numel(), packed.shape[0], x.shape[-1]
+    r = 0 if lora_b is None else lora_b.shape[1]
+    lora_dtype = x.dtype if lora_b is None else lora_b.dtype
+    return _C.nf4_linear(
+        x.data_ptr(), packed.data_ptr(), scales.data_ptr(), ptr(nested), ptr(bias), ptr(lora_a),
+        ptr(lora_b), ptr(u), y.data_ptr(), m, n, k, r, blocksize, scaling, DTYPE_CODE[x.dtype],
+        DTYPE_CODE[lora_dtype], torch.get_num_threads(), level(),
+    )  # fmt: skip
+
+
+def _linear_with_u_outputs(
+    x: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, blocksize: int, bias: Tensor | None,
+    lora_a: Tensor | None, lora_b: Tensor | None, scaling: float,
+) -> Outputs:  # fmt: skip
+    n, k = checks.check_linear("nf4_linear", x, (packed, scales, nested, blocksize), bias)
+    r = checks.check_lora("nf4_linear", lora_a, lora_b, n, k, x.device)
+    lead = x.shape[:-1]
+    return [((*lead, n), x.dtype), ((*lead, r), x.dtype)]
+
+
+def _linear_with_u(
+    x: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, blocksize: int, bias: Tensor | None,
+    lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, y: Tensor, u: Tensor,
+) -> int:  # fmt: skip
+    if not x.shape[-1]:
+        u.zero_()  # an empty lora_a has no address, and the kernel takes u for an input
+    return _run_linear(x, (packed, scales, nested, blocksize), bias, lora_a, lora_b, u, scaling, y)
+
+
+def _linear_outputs(*args: Any) -> Outputs:
+    return _linear_with_u_outputs(*args)[:1]
+
+
+def _linear(*args: Any) -> int:
+    x, lora_a = args[0], args[6]
+    rank = 0 if lora_a is None else lora_a.shape[0]
+    args = (*args, torch.empty((*x.shape[:-1], rank), dtype=x.dtype))
+    return _linear_with_u(*args)
+
+
+_LINEAR_ARGS = (
+    "(Tensor x, Tensor packed, Tensor scales, Tensor? nested, int blocksize, Tensor? bias, Tensor? lora_a, "
+    "Tensor? lora_b, float scaling)"
+)
+define(f"nf4_linear{_LINEAR_ARGS} -> Tensor", _linear_outputs, _linear)
+define(f"nf4_linear_with_u{_LINEAR_ARGS} -> (Tensor y, Tensor u)", _linear_with_u_outputs, _linear_with_u)
+
+
+def _given_u_outputs(
+    x: Tensor, u: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, blocksize: int,
+    bias: Tensor | None, lora_b: Tensor, scaling: float,
+) -> Outputs:  # fmt: skip
+    op = "nf4_linear_given_u"
+    n, _ = checks.check_linear(op, x, (packed, scales, nested, blocksize), bias)
+    checks.check_given_u(op, x, u, lora_b, n)
+    return [((*x.shape[:-1], n), x.dtype)]
+
+
+def _given_u(
+    x: Tensor, u: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, blocksize: int,
+    bias: Tensor | None, lora_b: Tensor, scaling: float, y: Tensor,
+) -> int:  # fmt: skip
+    return _run_linear(x, (packed, scales, nested, blocksize), bias, None, lora_b, u, scaling, y)
+
+
+define(
+    "nf4_linear_given_u(Tensor x, Tensor u, Tensor packed, Tensor scales, Tensor? nested, int blocksize, "
+    "Tensor? bias, Tensor lora_b, float scaling) -> Tensor",
+    _given_u_outputs,
+    _given_u,
+)
+
+
+def _grad_input_outputs(
+    dy: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, in_features: int, blocksize: int,
+    lora_a: Tensor | None, lora_b: Tensor | None, scaling: float,
+) -> Outputs:  # fmt: skip
+    op = "nf4_linear_grad_input"
+    n = checks.check_matrix(op, packed)
+    checks.check_activation(op, "dy", dy, n, "the weight's out_features")
+    checks.check_weight(op, (packed, scales, nested, blocksize), n, in_features, dy.device)
+    r = checks.check_lora(op, lora_a, lora_b, n, in_features, dy.device)
+    lead = dy.shape[:-1]
+    return [((*lead, in_features), dy.dtype), ((*lead, r), dy.dtype)]
+
+
+def _grad_input(
+    dy: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, in_features: int, blocksize: int,
+    lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, dx: Tensor, v: Tensor,
+) -> int:  # fmt: skip
+    n, r = packed.shape[0], v.shape[-1]
+    lora_dtype = dy.dtype if lora_a is None else lora_a.dtype
+    return _C.nf4_linear_grad_input(
+        dy.data_ptr(), packed.data_ptr(), scales.data_ptr(), ptr(nested), ptr(lora_a), ptr(lora_b),
+        v.data_ptr(), dx.data_ptr(), dy.shape[:-1].numel(), n, in_features, r, blocksize, scaling,
+        DTYPE_CODE[dy.dtype], DTYPE_CODE[lora_dtype], torch.get_num_threads(), level(),
+    )  # fmt: skip
+
+
+define(
+    "nf4_linear_grad_input(Tensor dy, Tensor packed, Tensor scales, Tensor? nested, int in_features, "
+    "int blocksize, Tensor? lora_a, Tensor? lora_b, float scaling) -> (Tensor dx, Tensor v)",
+    _grad_input_outputs,
+    _grad_input,
+)
+
+
+def _dropout_outputs(x: Tensor, seed: Tensor, p: float) -> Outputs:
+    checks.check_float("lora_dropout", "x", x)
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise TypeError(
+            f"lora_dropout: expected seed as one int64, got {seed.dtype} of shape {tuple(seed.shape)}"
+        )
+    checks.check_device("lora_dropout", "seed", seed, x.device)
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"lora_dropout: expected p in [0, 1), got {p}")
+    return [(x.shape, x.dtype)]
+
+
+def _dropout(x: Tensor, seed: Tensor, p: float, out: Tensor) -> int:
+    return _C.lora_dropout(
+        x.data_ptr(), out.data_ptr(), x.numel(), int(seed.item()) & 0xFFFFFFFFFFFFFFFF, p,
+        DTYPE_CODE[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+define("lora_dropout(Tensor x, Tensor seed, float p) -> Tensor", _dropout_outputs, _dropout)
