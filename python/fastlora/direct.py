@@ -27,7 +27,7 @@ _NORMAL = _INFERENCE.add(torch._C.DispatchKey.ADInplaceOrView)
 
 
 def _setup() -> bool:
-    api = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # torch 2.10
+    api = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # recent versions of torch
     return api is not None and _C.nf4_linear_direct_setup(Tensor, torch.nn.Parameter, torch.empty, api)
 
 
