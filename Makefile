@@ -31,7 +31,7 @@ $(VENV)/.tools: constraints.txt
 
 # Editable: Python sources are read from python/, the module _C is built in build/venv and lives in the venv.
 $(VENV)/.package: $(VENV)/.tools $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --config-settings=build-dir=build/venv --editable '.[test,demo,bench,lint]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --config-settings=build-dir=build/venv --config-settings=cmake.define.FASTLORA_BENCH=ON --editable '.[test,demo,bench,lint]'
 	@touch $@
 
 venv: $(VENV)/.package ## create .venv, install the tested versions, build the package
@@ -65,7 +65,7 @@ sanitize: $(VENV)/.tools ## the kernels under AddressSanitizer and UBSan
 	ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 build/sanitize/kernel_tests
 
 bench: $(VENV)/.package ## measure this machine; writes bench/results/
-	$(BIN)/python bench/run.py $(ARGS)
+	$(BIN)/python bench/run.py --save bench/results $(ARGS)
 
 build: $(VENV)/.tools ## an isolated build of the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -25,6 +25,16 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def last_level_cache_bytes() -> int:
+    """Of the largest cache that Linux shows for the first processor (32 MiB where it shows none)."""
+    sizes = []
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        number = re.fullmatch(r"(\d+)([KMG])", file.read_text().strip())
+        if number:
+            sizes.append(int(number[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[number[2]])
+    return max(sizes, default=32 * 2**20)
+
+
 def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
@@ -54,10 +64,11 @@ def describe() -> dict[str, str]:
     return {
         "machine": processor(),
         "threads": str(torch.get_num_threads()),
+        "last-level cache": f"{last_level_cache_bytes() / 2**20:.0f} MiB",
         "level": fastlora.current_isa(),
         "fastlora": f"{fastlora.__version__} at {commit()}",
         "torch": torch.__version__,
-        "bitsandbytes": _version("bitsandbytes"),
+        **{name: _version(name) for name in ("bitsandbytes", "peft", "torchao")},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()}",
     }

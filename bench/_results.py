@@ -1,127 +1,235 @@
-"""Results on disk: CSV for programs, Markdown for readers, PNG for eyes; one set a machine."""
+"""Results on disk: rows as CSV and JSON for programs, Markdown for readers."""
 
 from __future__ import annotations
 
 import csv
+import json
+import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from itertools import groupby
 from pathlib import Path
 
-DENSE, BITSANDBYTES = "dense", "bitsandbytes"
+DENSE, BITSANDBYTES, OURS = "dense", "bitsandbytes", "fastlora"
 
 
 @dataclass
 class Row:
     """One contender at one size. Times in microseconds; rates follow from the median.
 
-    gbps counts the bytes of the stored weight, of x and of the result, once a pass; tflops the operations
-    of the dense product and the adapter. A training step is two passes: forward, and the gradients of x and
-    of the adapter. Errors are relative Frobenius distances to float64: arithmetic_error to the product with
-    the weight as the layer stores it, total_error to that with the weight before quantisation.
+    gbps counts the bytes of the stored weight, of x and of the result, once a pass; tflops the operations of
+    the dense product and of the adapter. roof names what bounds the work and roof_percent is the time that
+    roof allows over the median. arithmetic_error is the relative Frobenius distance to the float64 product
+    with the weight as the contender stores it, total_error to that with the weight before quantisation,
+    composite_error that of dequantising to bfloat16, a dense product summed in float32 and one rounding, to
+    the first: what arithmetic_error must not exceed. Fields that a row has no use for are None.
+
+    A row of the suite "memory" holds mib, MiB of what op says, instead of times.
     """
 
+    suite: str
     op: str
     n: int
     k: int
     r: int
     m: int
     dtype: str
+    level: str
+    threads: int
     cache: str
     peer: str
-    p20_us: float
-    p50_us: float
-    p80_us: float
-    gbps: float
-    tflops: float
-    arithmetic_error: float
-    total_error: float
-    weight_mib: float
+    rounds: int | None = None
+    p20_us: float | None = None
+    p50_us: float | None = None
+    p80_us: float | None = None
+    gbps: float | None = None
+    tflops: float | None = None
+    roof: str = ""
+    roof_percent: float | None = None
+    arithmetic_error: float | None = None
+    total_error: float | None = None
+    composite_error: float | None = None
+    weight_mib: float | None = None
+    mib: float | None = None
 
     @property
     def case(self) -> tuple:
-        return (self.op, self.n, self.k, self.r, self.dtype, self.cache)
+        """What rows that are compared with each other agree in, but for m."""
+        return (self.suite, self.op, self.n, self.k, self.r, self.dtype, self.level, self.cache)
+
+
+@dataclass
+class Results:
+    """about: the machine and the run, one line each; absent: contender to why it was not measured."""
+
+    about: dict[str, str]
+    absent: dict[str, str]
+    rows: list[Row]
+
+
+def geometric_mean(values: Iterable[float]) -> float:
+    """NaN of nothing."""
+    logs = [math.log(value) for value in values]
+    return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 
 def speed_over(rows: list[Row], row: Row, peer: str) -> float | None:
-    """How many times as fast `row` is as the fastest contender called `peer...` at the same size."""
-    times = [o.p50_us for o in rows if o.case == row.case and o.m == row.m and o.peer.startswith(peer)]
-    return min(times) / row.p50_us if times else None
+    """How many times as fast `row` is as the contender called `peer` at the same size."""
+    for other in rows:
+        if other.peer == peer and other.m == row.m and other.case == row.case:
+            return other.p50_us / row.p50_us if other.p50_us and row.p50_us else None
+    return None
 
 
-def write_csv(path: Path, about: dict[str, str], rows: list[Row]) -> None:
+def fastest(rows: list[Row], row: Row, prefix: str) -> str:
+    """The name of the fastest contender called `prefix...` at row's size ("" if there is none)."""
+    found = [
+        o for o in rows if o.case == row.case and o.m == row.m and o.peer.startswith(prefix) and o.p50_us
+    ]
+    return min(found, key=lambda o: o.p50_us or math.inf).peer if found else ""
+
+
+# --- CSV and JSON ----------------------------------------------------------------------------------------
+
+
+def _rounded(row: Row) -> dict[str, object]:
+    return {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in asdict(row).items()}
+
+
+def write_csv(path: Path, results: Results) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        for key, value in about.items():
+        for key, value in results.about.items():
             file.write(f"# {key}: {value}\n")
+        for key, value in results.absent.items():
+            file.write(f"# absent, {key}: {value}\n")
         writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
         writer.writeheader()
-        for row in rows:
-            cells = asdict(row)
-            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in cells.items()})
+        for row in results.rows:
+            writer.writerow({k: "" if v is None else v for k, v in _rounded(row).items()})
 
 
-def read_csv(path: Path) -> tuple[dict[str, str], list[Row]]:
+def read_csv(path: Path) -> Results:
     lines = path.read_text().splitlines()
-    about = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
-    kinds = {f.name: {"int": int, "float": float, "str": str}[str(f.type)] for f in fields(Row)}
+    notes = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+    absent = {key.split(", ", 1)[1]: value for key, value in notes.items() if key.startswith("absent, ")}
+    about = {key: value for key, value in notes.items() if not key.startswith("absent, ")}
     table = csv.DictReader(line for line in lines if not line.startswith("# "))
-    return about, [Row(**{k: kinds[k](v) for k, v in cells.items()}) for cells in table]
+    return Results(about, absent, [_row(cells) for cells in table])
 
 
-def _times(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.2f}"
-
-
-def write_markdown(path: Path, about: dict[str, str], rows: list[Row]) -> None:
-    out = [f"# {about['machine']}", "", *(f"- {key}: {value}" for key, value in about.items()), ""]
-    for (op, n, k, r, dtype, cache), group in groupby(rows, lambda row: row.case):
-        out += [f"## {op}: n {n}, k {k}, r {r}, {dtype}, {cache} caches", ""]
-        out += [
-            "| m | layer | us p50 (p20-p80) | GB/s | TFLOP/s | x dense | x bitsandbytes "
-            "| arithmetic error | total error |",
-            "|--:|:--|--:|--:|--:|--:|--:|--:|--:|",
-        ]
-        for row in group:
-            out.append(
-                f"| {row.m} | {row.peer} | {row.p50_us:.0f} ({row.p20_us:.0f}-{row.p80_us:.0f}) "
-                f"| {row.gbps:.1f} | {row.tflops:.3f} | {_times(speed_over(rows, row, DENSE))} "
-                f"| {_times(speed_over(rows, row, BITSANDBYTES))} "
-                f"| {row.arithmetic_error:.1e} | {row.total_error:.1e} |"
-            )
-        out.append("")
-    path.write_text("\n".join(out))
-
-
-def plot(path: Path, about: dict[str, str], rows: list[Row]) -> None:
-    """Time over rows, a panel a case, a band from p20 to p80."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    cases = {case: list(group) for case, group in groupby(rows, lambda row: row.case)}
-    colors = dict(zip(dict.fromkeys(row.peer for row in rows), plt.get_cmap("tab10").colors, strict=False))
-    with plt.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, axes = plt.subplots(
-            1, len(cases), figsize=(4.8 * len(cases), 3.8), dpi=150, layout="constrained", squeeze=False
+def _row(cells: dict[str, str]) -> Row:
+    parsed: dict[str, object] = {}
+    for f in fields(Row):
+        text = cells[f.name]
+        kind = str(f.type).split(" ")[0]
+        parsed[f.name] = (
+            text if kind == "str" else None if text == "" else {"int": int, "float": float}[kind](text)
         )
-        for axis, ((op, n, k, r, dtype, _), group) in zip(axes[0], cases.items(), strict=True):
-            for peer, color in colors.items():
-                line = [row for row in group if row.peer == peer]
-                if not line:
-                    continue
-                m = [row.m for row in line]
-                axis.fill_between(
-                    m, [x.p20_us for x in line], [x.p80_us for x in line], color=color, alpha=0.15
-                )
-                axis.plot(m, [x.p50_us for x in line], color=color, marker="o", markersize=3.5, label=peer)
-            axis.set(xscale="log", yscale="log", xlabel="rows of x", ylabel="microseconds")
-            axis.set_xticks(
-                sorted({row.m for row in group}), [str(m) for m in sorted({row.m for row in group})]
+    return Row(**parsed)  # type: ignore[arg-type]
+
+
+def write_json(path: Path, results: Results) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"about": results.about, "absent": results.absent, "rows": [_rounded(r) for r in results.rows]}
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path) -> Results:
+    content = json.loads(path.read_text())
+    return Results(content["about"], content["absent"], [Row(**row) for row in content["rows"]])
+
+
+# --- Markdown --------------------------------------------------------------------------------------------
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def bench_line(row: Row, rows: list[Row]) -> list[str]:
+    """The cells of one row, as the tables and the terminal show it."""
+    if row.p50_us is None:
+        return [str(row.m), row.peer, f"{_cell(row.mib, '.2f')} MiB", *[""] * 8]
+    bitsandbytes = fastest(rows, row, BITSANDBYTES) or f"PEFT on {BITSANDBYTES}"
+    digits = 1 if row.p50_us < 100 else 0
+    return [
+        str(row.m),
+        row.peer,
+        f"{row.p50_us:.{digits}f} ({row.p20_us:.{digits}f}-{row.p80_us:.{digits}f})",
+        _cell(row.gbps, ".1f"),
+        _cell(row.tflops, ".3f"),
+        f"{row.roof_percent:.0f} % {row.roof}" if row.roof_percent is not None else "",
+        _cell(speed_over(rows, row, DENSE) or speed_over(rows, row, fastest(rows, row, DENSE)), ".2f"),
+        _cell(speed_over(rows, row, bitsandbytes), ".2f"),
+        _cell(row.arithmetic_error, ".1e"),
+        _cell(row.composite_error, ".1e"),
+        _cell(row.total_error, ".1e"),
+    ]
+
+
+COLUMNS = (
+    "m",
+    "layer",
+    "us p50 (p20-p80)",
+    "GB/s",
+    "TFLOP/s",
+    "of the roof",
+    "x dense",
+    "x bitsandbytes",
+    "error",
+    "composite's error",
+    "total error",
+)
+
+
+def markdown_tables(rows: list[Row]) -> list[str]:
+    """A heading and a table for every case."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.case, []).append(row)
+    out = []
+    for (suite, op, n, k, r, dtype, level, cache), group in groups.items():
+        caches = f", {cache} caches" if cache else ""
+        out += [f"### {suite}: {op}, n {n}, k {k}, r {r}, {dtype}, {level}{caches}", ""]
+        out += [f"| {' | '.join(COLUMNS)} |", "|--:|:--|" + "--:|" * (len(COLUMNS) - 2)]
+        out += [f"| {' | '.join(bench_line(row, rows))} |" for row in group]
+        out.append("")
+    return out
+
+
+def mean_table(rows: list[Row]) -> list[str]:
+    """Geometric means over the shapes: how many times as fast fastlora is as each contender."""
+    ratios: dict[tuple, dict[str, list[float]]] = {}
+    for row in rows:
+        if row.peer == OURS and row.p50_us:
+            key = (
+                row.suite,
+                row.op,
+                row.dtype,
+                row.level,
+                row.cache,
+                row.m if row.suite != "quantize" else 0,
             )
-            axis.minorticks_off()
-            axis.set_title(f"{op}, {n} x {k}, rank {r}, {dtype}", fontsize=10)
-            axis.grid(alpha=0.25)
-        axes[0][0].legend(frameon=False)
-        figure.suptitle(f"{about['machine']}, {about['threads']} threads, {about['level']}", fontsize=10)
-        figure.savefig(path)
-        plt.close(figure)
+            for other in rows:
+                if other.case == row.case and other.m == row.m and other.peer != OURS and other.p50_us:
+                    ratios.setdefault(key, {}).setdefault(other.peer, []).append(other.p50_us / row.p50_us)
+    out = [
+        "Other layers' median time over fastlora's, geometric mean over the shapes measured (how many).",
+        "",
+        "| work | m | layer | ratio | shapes |",
+        "|:--|--:|:--|--:|--:|",
+    ]
+    for (suite, op, dtype, level, cache, m), peers in ratios.items():
+        for peer, values in peers.items():
+            work = op if suite == "overhead" else f"{op}, {dtype}, {level}, {cache}"
+            out.append(f"| {work} | {m or ''} | {peer} | {geometric_mean(values):.2f} | {len(values)} |")
+    return [*out, ""]
+
+
+def markdown(results: Results, report: list[str]) -> str:
+    """The page of a machine; report: the targets' lines."""
+    about = results.about
+    out = [f"# {about.get('machine', 'results')}", "", *(f"- {key}: {value}" for key, value in about.items())]
+    out += [f"- not measured, {key}: {value}" for key, value in results.absent.items()]
+    out += ["", "## Targets", "", *report, "## Geometric means", "", *mean_table(results.rows)]
+    return "\n".join([*out, "## Everything measured", "", *markdown_tables(results.rows)]).rstrip() + "\n"

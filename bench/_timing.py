@@ -7,39 +7,82 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from _machine import last_level_cache_bytes
 
-_FLUSH_BYTES = 128 * 2**20  # more than the last-level cache of the machines this runs on
+_FLUSH_SECONDS = 3e-3  # about
 
 
 @dataclass(frozen=True)
 class Times:
-    """Percentiles of one contender's calls, in seconds."""
+    """Percentiles of one contender's calls, in seconds, and how many were timed."""
 
     p20: float
     p50: float
     p80: float
+    rounds: int
 
 
-def interleaved(calls: list[Callable[[], object]], *, rounds: int, cold: bool) -> list[Times]:
-    """Each round times every call once, after one untimed round.
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure one contender at one size: about `seconds`, within these numbers of rounds."""
 
-    cold: before each call the caches are filled with something else, as the other layers of a model do.
-    Otherwise each call is preceded by an untimed one of its own.
+    seconds: float = 0.2
+    least: int = 3
+    most: int = 25
+
+    def rounds(self, call: float) -> int:
+        return max(self.least, min(self.most, int(self.seconds / max(call, 1e-7))))
+
+    def cost(self, call: float) -> float:
+        """Seconds that a contender of `call` seconds is expected to take, its untimed round included."""
+        return call * (1 + self.rounds(call))
+
+
+class Flush:
+    """Empties the caches by reading something else twice their size: lines left clean cost nothing later."""
+
+    def __init__(self) -> None:
+        size = min(max(2 * last_level_cache_bytes(), 32 * 2**20), 256 * 2**20)
+        self._buffer = torch.ones(size // 4)
+
+    def __call__(self) -> None:
+        self._buffer.sum()
+
+
+def interleaved(
+    calls: list[Callable[[], object]], effort: Effort, flush: Callable[[], None] | None
+) -> list[Times]:
+    """Times every call in turns, after one untimed round that says how many rounds each gets.
+
+    A slow contender has fewer rounds than a fast one, spread evenly over the fast one's. flush: called before
+    every timed call, as the other layers of a model would; without it each call is preceded by an untimed one
+    of its own, so that it finds the caches as it left them.
     """
-    flush = torch.zeros(_FLUSH_BYTES // 4 if cold else 0)
+    # The very first call pays for what later ones find ready (packed weights, libraries' own choices).
+    rounds = []
+    for call in calls:
+        seconds = _timed(call)
+        if seconds < 0.1:
+            seconds = _timed(call)
+        rounds.append(effort.rounds(2 * seconds if flush is None else seconds + _FLUSH_SECONDS))
+    total = max(rounds, default=0)
     kept: list[list[float]] = [[] for _ in calls]
-    for turn in range(rounds + 1):
-        for call, times in zip(calls, kept, strict=True):
-            if cold:
-                flush.add_(1.0)
+    for turn in range(total):
+        for call, times, share in zip(calls, kept, rounds, strict=True):
+            if (turn + 1) * share // total == turn * share // total:
+                continue
+            if flush is not None:
+                flush()
             else:
                 call()
-            begin = time.perf_counter()
-            call()
-            elapsed = time.perf_counter() - begin
-            if turn:
-                times.append(elapsed)
+            times.append(_timed(call))
     return [percentiles(times) for times in kept]
+
+
+def _timed(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
 
 
 def percentiles(times: list[float]) -> Times:
@@ -48,4 +91,4 @@ def percentiles(times: list[float]) -> Times:
     def at(share: float) -> float:
         return ordered[round(share * (len(ordered) - 1))]
 
-    return Times(at(0.2), at(0.5), at(0.8))
+    return Times(at(0.2), at(0.5), at(0.8), len(ordered))

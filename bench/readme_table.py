@@ -14,39 +14,55 @@ import re
 import sys
 from pathlib import Path
 
-from _results import BITSANDBYTES, DENSE, Row, read_csv
+from _results import BITSANDBYTES, DENSE, OURS, Row, read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"<!-- bench: (?P<machine>\S+) -->\n.*?<!-- /bench -->", re.DOTALL)
-OURS = "fastlora"
+SHOWN = {  # op to the rows of x that README shows of it
+    "forward": (1, 4, 16, 64, 128, 1024),
+    "dx": (16, 128, 1024),
+    "training step": (16, 128, 1024),
+}
 
 
-def fastest(rows: list[Row], peer: str) -> Row | None:
-    found = [row for row in rows if row.peer.startswith(peer)]
-    return min(found, key=lambda row: row.p50_us) if found else None
+def fastest(rows: list[Row], *names: str) -> Row | None:
+    """The fastest of the contenders whose names begin so, by the first of `names` that there are any of."""
+    for name in names:
+        found = [row for row in rows if row.peer.startswith(name)]
+        if found:
+            return min(found, key=lambda row: row.p50_us or 0.0)
+    return None
 
 
 def _ms(row: Row | None) -> str:
-    return "" if row is None else f"{row.p50_us / 1e3:.2f}"
+    return "" if row is None or row.p50_us is None else f"{row.p50_us / 1e3:.2f}"
 
 
 def _error(row: Row | None) -> str:
-    return "" if row is None else f"{row.arithmetic_error:.1e}"
+    return "" if row is None or row.arithmetic_error is None else f"{row.arithmetic_error:.1e}"
 
 
 def _ratio(other: Row | None, ours: Row) -> str:
-    return "" if other is None else f"**{other.p50_us / ours.p50_us:.1f}x**"
+    if other is None or not other.p50_us or not ours.p50_us:
+        return ""
+    return f"**{other.p50_us / ours.p50_us:.1f}x**"
 
 
 def table(machine: str) -> str:
-    """The Markdown of the first shape, dtype and rank in the results: every op and number of rows."""
-    about, rows = read_csv(ROOT / "bench" / "results" / f"{machine}.csv")
+    """The Markdown of the first layer in the results at the run's own level: some ops and numbers of rows."""
+    results = read_csv(ROOT / "bench" / "results" / f"{machine}.csv")
+    about = results.about
+    rows = [row for row in results.rows if row.op in SHOWN and row.level == about["level"]]
     first = rows[0]
-    rows = [row for row in rows if row.case[1:] == first.case[1:]]
+    rows = [row for row in rows if (row.case[2:], row.m in SHOWN[row.op]) == (first.case[2:], True)]
     quantised = next(row for row in rows if row.peer == OURS)
-    saved = next(row for row in rows if row.peer == DENSE).weight_mib / quantised.weight_mib
+    dense_mib = first.n * first.k * {"float32": 4, "bfloat16": 2, "float16": 2}[first.dtype] / 2**20
+    assert quantised.weight_mib is not None
+    bare = any(row.peer == DENSE for row in rows)
+    others = "without one in `forward` and `dx`, and through PEFT in `training step`" if bare else "too"
     out = [
-        f"Median ms of one {first.n} x {first.k} layer with a rank-{first.r} adapter, {first.dtype}:",
+        f"Median ms of one {first.n} x {first.k} layer, {first.dtype}. fastlora runs with a rank-{first.r} "
+        f"adapter; the others {others}:",
         "",
         "| | rows | dense | bitsandbytes | fastlora | over dense | over bitsandbytes "
         "| error: dense | bitsandbytes | fastlora |",
@@ -54,21 +70,22 @@ def table(machine: str) -> str:
     ]
     for op, m in dict.fromkeys((row.op, row.m) for row in rows):
         here = [row for row in rows if (row.op, row.m) == (op, m)]
-        three = [fastest(here, peer) for peer in (DENSE, BITSANDBYTES, OURS)]
-        dense, bnb, ours = three
-        assert ours is not None
+        dense = fastest([row for row in here if row.peer == DENSE] or here, DENSE)
+        bnb = fastest(here, BITSANDBYTES, f"PEFT on {BITSANDBYTES}")
+        ours = next(row for row in here if row.peer == OURS)
+        three = (dense, bnb, ours)
         cells = [op, str(m), *map(_ms, three), _ratio(dense, ours), _ratio(bnb, ours), *map(_error, three)]
         out.append(f"| {' | '.join(cells)} |")
-    caches = "flushed before every call" if first.cache == "cold" else "warm"
+    caches = "emptied before every call" if first.cache == "cold" else "warm"
     page = f"bench/results/{machine}.md"
     out += [
         "",
         f"{about['machine']}, {about['threads']} threads, level `{about['level']}`, torch {about['torch']}, "
         f"bitsandbytes {about['bitsandbytes']} (the faster of its two modes), caches {caches}. Error: "
         f"relative distance to float64 arithmetic on the same stored weight. Rounding the weight to NF4 "
-        f"costs both 4-bit layers {quantised.total_error:.1e}, in {saved:.1f} times less memory than "
-        f"{first.dtype}. "
-        f"Everything measured: [{page}]({page}).",
+        f"costs both 4-bit layers {quantised.total_error:.1e}, in {dense_mib / quantised.weight_mib:.1f} "
+        f"times less memory than {first.dtype}. "
+        f"Everything measured, and the targets: [{page}]({page}).",
     ]
     return "\n".join(out)
 

@@ -1,165 +1,220 @@
-"""Measure fastlora's layer and its peers on this machine; results go to bench/results/<machine>.{csv,md,png}.
+"""Measure fastlora and its peers on this machine.
 
-    make bench
-    python bench/run.py --shapes 4096x4096,14336x4096 --rows 1,16,128 --dtypes bfloat16,float32 --warm
+    python bench/run.py --quick
+    python bench/run.py --suite linear --shapes 4096x4096,14336x4096 --rows 1,16,128 --warm
+    make bench    # everything, into bench/results/
 
-Every contender gets the same weight, adapter and input. Each result is checked against float64 first, and the
-contenders are then timed in turns.
+Every contender gets the same tensors and threads, its results are checked against float64, and all are timed
+in turns. docs/benchmarks.md says what the columns mean.
 """
 
 from __future__ import annotations
 
+import _options
+
+if __name__ == "__main__":  # before torch is imported
+    OPTIONS = _options.parse(__doc__ or "")
+    _options.set_environment(OPTIONS)
+
 import argparse
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
 
+import _roofs
+import peers
+import targets
 import torch
 from _machine import default_name, describe
-from _results import Row, plot, write_csv, write_markdown
-from _timing import interleaved
-from peers import SCALING, Peer
-from peers.dense import Dense
-from peers.fastlora_nf4 import Fastlora
-from torch import Tensor
+from _plots import plot
+from _problem import Problem
+from _results import COLUMNS, Results, Row, bench_line, markdown, mean_table, read_json, write_csv, write_json
+from _timing import Effort, Flush
+from rich.console import Console
+from rich.table import Table
+from suites import FIVE, Case, Context, Plan, backward, linear, memory, overhead, quantize, train
 from tqdm import tqdm
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OPS = ("forward", "training step")
+import fastlora
+
+SUITES = {
+    "overhead": overhead,  # first, as long as the process is small
+    "quantize": quantize,
+    "linear": linear,
+    "backward": backward,
+    "train": train,
+    "memory": memory,
+}
 
 
-def contenders(op: str) -> list[type[Peer]]:
-    """The layers that can do `op`. bitsandbytes' eval mode cannot train."""
-    found: list[type[Peer]] = [Dense]
-    try:
-        from peers.bitsandbytes_nf4 import BitsandbytesEval, BitsandbytesTraining
-    except ImportError:
-        tqdm.write("bitsandbytes is not installed: not measured")
-    else:
-        found += [BitsandbytesTraining] if op == "training step" else [BitsandbytesTraining, BitsandbytesEval]
-    return [*found, Fastlora]
+def plan_of(options: argparse.Namespace) -> Plan:
+    def many(values: Iterable | None) -> tuple | None:
+        return None if values is None else tuple(dict.fromkeys(values))
+
+    return Plan(
+        options.suite,
+        many(options.shapes),
+        many(options.rows),
+        many(options.ranks) or (),
+        many(options.dtype),
+        options.quick,
+    )
 
 
-def exact(op: str, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
-    """The op's result in float64: y of a forward, x's gradient for dy = 1 of a training step."""
-    whole = weight.double() + SCALING * lora_b.double() @ lora_a.double()
-    if op == "forward":
-        return x.double() @ whole.T
-    return torch.ones(x.shape[0], whole.shape[0], dtype=torch.float64) @ whole
+def effort_of(options: argparse.Namespace) -> Effort:
+    default = Effort(seconds=0.02, least=1, most=3) if options.quick else Effort()
+    most = options.rounds or default.most
+    return Effort(options.seconds or default.seconds, min(default.least, most), most)
 
 
-def relative_error(found: Tensor, want: Tensor) -> float:
-    return ((found.double() - want).norm() / want.norm()).item()
+def cases_of(plan: Plan) -> list[Case]:
+    """All cases, those of one problem together, so that its tensors and contenders are made once."""
+    found = [case for name, suite in SUITES.items() if name in plan.suites for case in suite.cases(plan)]
+    order = {key: i for i, key in enumerate(dict.fromkeys(case.problem for case in found))}
+    return sorted(found, key=lambda case: order[case.problem])
 
 
-def caller(op: str, peer: Peer, x: Tensor) -> Callable[[], Tensor | None]:
-    if op == "forward":
-        return lambda: peer.forward(x)
-    leaf = x.clone().requires_grad_()
-    return lambda: peer.step(leaf)
+def refuse_device(device: str) -> str | None:
+    """Why `device` cannot be measured."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "run.py: expected a CUDA device for --device cuda, found none"
+    if device == "cuda" and not fastlora._C.cuda_built:
+        return "run.py: expected a build with CUDA kernels for --device cuda, this one holds none"
+    return None
 
 
-def measure(op: str, n: int, k: int, r: int, dtype: str, options: argparse.Namespace) -> list[Row]:
-    generator = torch.Generator().manual_seed(0)
-    kind = DTYPES[dtype]
+def wanted_peers(names: list[str] | None) -> frozenset[str]:
+    if names is None:
+        return frozenset(peers.REGISTRY)
+    return frozenset(
+        peer for peer in peers.REGISTRY if peer in names or any(peer.startswith(f"{n},") for n in names)
+    )
 
-    def normal(*shape: int) -> Tensor:  # rounded to dtype: every layer starts from the same numbers
-        return torch.randn(shape, generator=generator).mul_(shape[-1] ** -0.5).to(kind).float()
 
-    weight, lora_a, lora_b = normal(n, k), normal(r, k), normal(n, r).mul_(0.1).to(kind).float()
-    peers = [make(weight, lora_a, lora_b, kind) for make in contenders(op)]
-    stored = [peer.represented() for peer in peers]
+def measure(cases: list[Case], context: Context) -> list[Row]:
+    """Runs the cases; the bar counts expected seconds, building the contenders included."""
+
+    def building(key: tuple[int, int, int, str]) -> float:
+        return 0.05 + key[0] * key[1] * 60e-9
+
     rows: list[Row] = []
-    for m in tqdm(options.rows, desc=f"{op} {n}x{k} r {r} {dtype}", unit="m"):
-        x = torch.randn(m, k, generator=generator).to(kind)
-        calls = [caller(op, peer, x) for peer in peers]
-        errors = []
-        for call, held in zip(calls, stored, strict=True):
-            found = call()
-            assert found is not None
-            errors.append(
-                (
-                    relative_error(found, exact(op, x, held, lora_a, lora_b)),
-                    relative_error(found, exact(op, x, weight, lora_a, lora_b)),
-                )
-            )
-        times = interleaved(calls, rounds=options.rounds, cold=not options.warm)
-        passes = 1 if op == "forward" else 2
-        flops = passes * 2 * m * n * k + (1 if op == "forward" else 3) * 2 * m * r * (n + k)
-        for peer, t, (arithmetic, total) in zip(peers, times, errors, strict=True):
-            moved = passes * (peer.weight_bytes() + m * (n + k) * kind.itemsize)
-            rows.append(
-                Row(
-                    op=op,
-                    n=n,
-                    k=k,
-                    r=r,
-                    m=m,
-                    dtype=dtype,
-                    cache="warm" if options.warm else "cold",
-                    peer=peer.name,
-                    p20_us=1e6 * t.p20,
-                    p50_us=1e6 * t.p50,
-                    p80_us=1e6 * t.p80,
-                    gbps=moved / t.p50 / 1e9,
-                    tflops=flops / t.p50 / 1e12,
-                    arithmetic_error=arithmetic,
-                    total_error=total,
-                    weight_mib=peer.weight_bytes() / 2**20,
-                )
-            )
-    return rows
+    keys = dict.fromkeys(case.problem for case in cases)
+    total = sum(case.cost(context.effort) for case in cases) + sum(map(building, keys))
+    form = "{desc:34.34} {percentage:3.0f} %|{bar}| {elapsed} < {remaining}"
+    with tqdm(total=total, bar_format=form) as bar:
+
+        def advance(seconds: float) -> None:
+            bar.update(min(seconds, total - bar.n))  # sums in another order need not end at the total
+
+        for key, group in groupby(cases, lambda case: case.problem):
+            problem = Problem(*key)
+            advance(building(key))
+            for case in group:
+                bar.set_description(f"{case.op} {case.n}x{case.k} m {case.m}")
+                rows += case.run(case, context, problem)
+                advance(case.cost(context.effort))
+    position = {name: i for i, name in enumerate(_options.SUITES)}
+    return sorted(rows, key=lambda row: position[row.suite])
 
 
-def parse_arguments() -> argparse.Namespace:
-    def listed(convert: Callable[[str], object]) -> Callable[[str], list]:
-        return lambda text: [convert(part) for part in text.split(",")]
-
-    def shape(text: str) -> tuple[int, int]:
-        n, k = text.split("x")
-        return int(n), int(k)
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--shapes", type=listed(shape), default=[(4096, 4096)], help="out x in, default 4096x4096")
-    add("--rows", type=listed(int), default=[1, 4, 16, 64, 256, 1024], help="default 1,4,16,64,256,1024")
-    add("--ranks", type=listed(int), default=[16], help="default 16; 0 is a layer without an adapter")
-    add("--dtypes", type=listed(str), default=["bfloat16"], help="default bfloat16")
-    add("--ops", type=listed(str), default=list(OPS), help=f"default {','.join(OPS)}")
-    add("--rounds", type=int, default=15, help="timed calls of each contender at each size, default 15")
-    add(
-        "--warm", action="store_true", help="leave the weights in cache (default: flush it before every call)"
-    )
-    add("--machine", default=default_name(), help="name of the result files")
-    add("--out", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args()
-    for given, known in ((options.dtypes, DTYPES), (options.ops, OPS)):
-        if not set(given) <= set(known):
-            parser.error(f"expected some of {', '.join(known)}, got {','.join(given)}")
-    return options
+def at_avx2(options: argparse.Namespace) -> Results | None:
+    """The rows of the target at the AVX2 level, from a process of its own with the dense libraries capped."""
+    if "avx2" not in fastlora.available_isas() or fastlora.current_isa() == "avx2":
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        shapes = ",".join(f"{n}x{k}" for n, k in FIVE)
+        command = [sys.executable, str(Path(__file__).resolve()), "--isa", "avx2", "--suite", "linear"]
+        command += ["--shapes", shapes, "--rows", "1", "--dtype", "bfloat16", "--peers", "dense,fastlora"]
+        command += ["--threads", str(torch.get_num_threads()), "--json", str(file)]
+        command += ["--warm"] if options.warm else []
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return read_json(file)
 
 
-def main() -> None:
-    options = parse_arguments()
-    about = describe() | {"load when it began": f"{os.getloadavg()[0]:.2f}"}
-    rows: list[Row] = []
-    for op in options.ops:
-        for dtype in options.dtypes:
-            for n, k in options.shapes:
-                for r in options.ranks:
-                    rows += measure(op, n, k, r, dtype, options)
-    options.out.mkdir(parents=True, exist_ok=True)
-    base = options.out / options.machine
-    write_csv(base.with_suffix(".csv"), about, rows)
-    write_markdown(base.with_suffix(".md"), about, rows)
-    plot(base.with_suffix(".png"), about, rows)
-    print(base.with_suffix(".md").read_text())
-    print(
-        f"wrote {base}.csv, .md, .png; python bench/readme_table.py {options.machine} puts them into README"
-    )
+def show(results: Results, console: Console) -> None:
+    """The bench lines, the geometric means and the targets, on the terminal."""
+    for key, value in results.about.items():
+        console.print(f"{key}: {value}")
+    groups: dict[tuple, list[Row]] = {}
+    for row in results.rows:
+        groups.setdefault(row.case, []).append(row)
+    for (suite, op, n, k, r, dtype, level, cache), rows in groups.items():
+        table = Table(box=None)
+        for i, name in enumerate(COLUMNS):
+            table.add_column(name, justify="left" if i == 1 else "right", no_wrap=True, min_width=len(name))
+        for row in rows:
+            table.add_row(*bench_line(row, results.rows))
+        console.print(f"\n{suite}: {op}, n {n}, k {k}, r {r}, {dtype}, {level} {cache}")
+        console.print(table)
+    for lines in (mean_table(results.rows), targets.report(results)):
+        console.print("\n".join(["", *lines]), soft_wrap=True)
+    for name, reason in results.absent.items():
+        console.print(f"not measured, {name}: {reason}", soft_wrap=True)
+
+
+def main(options: argparse.Namespace) -> int:
+    refused = refuse_device(options.device)
+    if refused:
+        print(refused, file=sys.stderr)
+        return 2
+    began = time.time()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    with ExitStack() as stack:
+        if options.isa:
+            try:
+                stack.enter_context(fastlora.use_isa(options.isa))
+            except RuntimeError as error:
+                print(f"run.py: {error}", file=sys.stderr)
+                return 2
+        about = describe() | {"load when it began": f"{os.getloadavg()[0]:.2f}"}
+        if options.isa == "avx2":
+            about["dense libraries"] = f"ONEDNN_MAX_CPU_ISA={os.environ.get('ONEDNN_MAX_CPU_ISA')}"
+        roofs, why = _roofs.measure(torch.get_num_threads(), quick=options.quick)
+        about |= roofs.describe() if roofs else {}
+        context = Context(
+            roofs,
+            effort_of(options),
+            None if options.warm else Flush(),
+            torch.get_num_threads(),
+            fastlora.current_isa(),
+            wanted_peers(options.peers),
+            {} if roofs else {"roofs": why},
+        )
+        plan = plan_of(options)
+        rows = measure(cases_of(plan), context)
+        if plan.default and "linear" in plan.suites and not options.isa and not options.peers:
+            capped = at_avx2(options)
+            rows += capped.rows if capped else []
+    about["took"] = f"{time.time() - began:.0f} s"
+    results = Results(about, context.absent, rows)
+    show(results, Console(highlight=False, markup=False, width=max(170, Console().width)))
+    write(results, options)
+    return 0
+
+
+def write(results: Results, options: argparse.Namespace) -> None:
+    if options.csv:
+        write_csv(options.csv, results)
+    if options.json:
+        write_json(options.json, results)
+    name = options.machine or default_name()
+    if options.plot:
+        plot(options.plot, name, results)
+    if options.save:
+        base = options.save / name
+        write_csv(Path(f"{base}.csv"), results)
+        Path(f"{base}.md").write_text(markdown(results, targets.report(results)))
+        plot(options.save, name, results)
+        print(f"wrote {base}.csv, .md and plots; python bench/readme_table.py {name} puts them into README")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(OPTIONS))

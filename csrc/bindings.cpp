@@ -132,6 +132,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("best_isa", [] { return static_cast<int32_t>(best_isa()); });
   m.def("isa_available", [](int32_t isa) { return isa_available(static_cast<Isa>(isa)); });
   m.def("isa_name", [](int32_t isa) { return isa_name(static_cast<Isa>(isa)); });
+  m.def("scratch_bytes", [] { return scratch_bytes(); });
   m.attr("isa_count") = kIsaCount;
 #ifdef FASTLORA_WITH_CUDA
   m.attr("cuda_built") = true;

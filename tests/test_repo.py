@@ -32,9 +32,15 @@ def test_every_kernel_source_is_built() -> None:
 
 
 def test_the_map_names_every_source_and_nothing_else() -> None:
-    named = set(re.findall(r"`((?:cpu|include)/[\w/]+\.(?:cpp|h)|bindings\.cpp)`", text_of("csrc/README.md")))
+    named = set(
+        re.findall(r"`((?:bench|cpu|include)/[\w/]+\.(?:cpp|h)|bindings\.cpp)`", text_of("csrc/README.md"))
+    )
     csrc = ROOT / "csrc"
-    there = {str(p.relative_to(csrc)) for folder in ("cpu", "include") for p in (csrc / folder).rglob("*.*")}
+    there = {
+        str(p.relative_to(csrc))
+        for folder in ("bench", "cpu", "include")
+        for p in (csrc / folder).rglob("*.*")
+    }
     assert named == there | {"bindings.cpp"}
 
 

@@ -1,65 +1,135 @@
-"""What is measured: one adapter class a file, all of one shape (see :class:`Peer`)."""
+"""What is measured: one adapter class a file, all of one shape (see :class:`Peer`).
+
+A peer is imported only when a suite wants it. One whose package is not installed, or whose build cannot run a
+case, is named as absent, with the reason.
+"""
 
 from __future__ import annotations
 
+import importlib
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterable
 
 import torch
+from _problem import SCALING, Problem, sampled
 from torch import Tensor, nn
-from torch.nn import functional
 
-SCALING = 2.0  # of the low-rank term, everywhere
+__all__ = ["REGISTRY", "SCALING", "Peer", "Problem", "Unsupported", "build", "find"]
+
+# Advice on optional downloads, and on CUDA parts that a CPU build lacks.
+for _talker in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+    logging.getLogger(_talker).setLevel(logging.CRITICAL)
+
+# name: module, class. The order is that of every table and of the turns.
+REGISTRY = {
+    "dense": ("dense", "Dense"),
+    "dense + LoRA (PEFT)": ("peft_dense", "PeftDense"),
+    "bitsandbytes, training mode": ("bitsandbytes_nf4", "BitsandbytesTraining"),
+    "bitsandbytes, eval mode": ("bitsandbytes_eval", "BitsandbytesEval"),
+    "PEFT on bitsandbytes": ("peft_bitsandbytes", "PeftBitsandbytes"),
+    "torchao NF4": ("torchao_nf4", "TorchaoNf4"),
+    "torchao int4": ("torchao_int4", "TorchaoInt4"),
+    "fastlora": ("fastlora_nf4", "Fastlora"),
+    "fastlora, no adapter": ("fastlora_nf4", "FastloraNoAdapter"),
+    "fastlora, plain absmax": ("fastlora_nf4", "FastloraPlainAbsmax"),
+}
+
+
+class Unsupported(Exception):
+    """This peer cannot do this case; the text says why."""
 
 
 class Peer(ABC):
-    """A linear layer with a low-rank adapter, built from dense float32 tensors.
+    """A linear layer built from a problem. x is (m, k), dy and y (m, n), all in the problem's dtype.
 
-    weight (n, k), lora_a (r, k), lora_b (n, r); r may be 0. `dtype` is that of x and of the result.
+    A peer implements the operations it can do, and `operations` names them. Beside the three below there are
+    quantize(), of the problem's weight; dequantize(), to the problem's dtype; and dequantize_into(out).
+    `coded` says whether the weight is quantised.
     """
 
     name: str
-    training: bool = True  # the mode the layer is put in, where that changes what it does
+    operations: frozenset[str] = frozenset({"forward", "grad_input", "step"})
+    training: bool = False  # the mode the layer is put in
+    coded: bool = True
+    has_adapter: bool = False
 
-    def __init__(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype):
-        self.dtype, self.n = dtype, weight.shape[0]
-        self.layer = self.build(weight, lora_a, lora_b, dtype).train(self.training)
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        self.rank = problem.r if self.has_adapter else 0
+        self._stored: tuple[Tensor, Tensor] | None = None
+        self._graph: tuple[Tensor, Tensor] | None = None  # an input and its output
+        self.layer = self.build(problem).train(self.training)
 
     @abstractmethod
-    def build(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype) -> nn.Module: ...
+    def build(self, problem: Problem) -> nn.Module: ...
 
     @abstractmethod
     def represented(self) -> Tensor:
-        """The weight that the layer stands for, (n, k) float64: what its arithmetic is checked against."""
+        """The weight that the layer stands for, (n, k) float32: what its arithmetic is checked against."""
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """The rows and columns of `represented` that results are checked with."""
+        if self._stored is None:
+            self._stored = sampled(self.problem, self.represented())
+        return self._stored
 
     @abstractmethod
-    def weight_bytes(self) -> int: ...
+    def weight_bytes(self) -> int:
+        """Of the weight as stored, scales included, without the adapter."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
             return self.layer(x)
 
-    def step(self, x: Tensor) -> Tensor | None:
-        """Forward and backward: gradients of x and of the adapter. Returns x's gradient."""
-        self.layer(x).backward(torch.ones((), dtype=x.dtype).expand(*x.shape[:-1], self.n))
-        grad, x.grad = x.grad, None
-        for parameter in self.layer.parameters():
-            parameter.grad = None
-        return grad
+    def grad_input(self, dy: Tensor) -> Tensor:
+        """dx (m, k) alone."""
+        graph = self._graph
+        if graph is None or graph[0].shape[0] != dy.shape[0]:
+            x = torch.zeros(dy.shape[0], self.problem.k, dtype=dy.dtype, requires_grad=True)
+            self._graph = graph = (x, self.layer(x))
+        return torch.autograd.grad(graph[1], graph[0], dy, retain_graph=True)[0]
+
+    def forget(self) -> None:
+        """Drop what `grad_input` keeps between its calls."""
+        self._graph = None
+
+    def step(self, x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Forward and backward: the gradients of x (which requires one) and, where there is an adapter, of A
+        and B."""
+        wanted = [x, *(p for p in self.adapter() if p is not None)]
+        dx, *rest = torch.autograd.grad(self.layer(x), wanted, dy)
+        return (dx, rest[0], rest[1]) if rest else (dx, None, None)
+
+    def adapter(self) -> tuple[Tensor | None, Tensor | None]:
+        """(A, B), the parameters that learn."""
+        return None, None
+
+    def adapter_bytes(self) -> int:
+        return sum(p.nbytes for p in self.adapter() if p is not None)
 
 
-class WithLora(nn.Module):
-    """y = base(x) + SCALING · (x·Aᵀ)·Bᵀ, the adapter written out: what peers without a fused one run."""
+def find(names: Iterable[str]) -> tuple[list[type[Peer]], dict[str, str]]:
+    """The classes of the peers that can be imported, in the registry's order, and why the others cannot."""
+    found: list[type[Peer]] = []
+    absent: dict[str, str] = {}
+    wanted = set(names)
+    for name, (module, cls) in REGISTRY.items():
+        if name in wanted:
+            try:
+                found.append(getattr(importlib.import_module(f"peers.{module}"), cls))
+            except ImportError as error:
+                absent[name] = f"{error}" or type(error).__name__
+    return found, absent
 
-    def __init__(self, base: Callable[[Tensor], Tensor], lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype):
-        super().__init__()
-        self.base = base
-        self.rank = lora_a.shape[0]
-        self.lora_a = nn.Parameter(lora_a.to(dtype))
-        self.lora_b = nn.Parameter(lora_b.to(dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        if self.rank:
-            y = y + SCALING * functional.linear(functional.linear(x, self.lora_a), self.lora_b)
-        return y
+def build(kinds: Iterable[type[Peer]], problem: Problem) -> tuple[list[Peer], dict[str, str]]:
+    """The peers for this problem, each built once a problem, and why some could not be."""
+    built: list[Peer] = []
+    absent: dict[str, str] = {}
+    for kind in kinds:
+        try:
+            built.append(problem.once(f"peer {kind.name}", lambda kind=kind: kind(problem)))
+        except Unsupported as error:
+            absent[kind.name] = str(error)
+    return built, absent

@@ -1,42 +1,58 @@
-"""bitsandbytes' Linear4bit (NF4, double quantised), the adapter beside it as PEFT has it.
-
-In eval mode bitsandbytes repacks the weight for its fused CPU kernel at the first call, and cannot train
-afterwards; in training mode it dequantises the weight and calls the dense product. Both are peers.
-"""
+"""bitsandbytes' Linear4bit (NF4, double quantised) in training mode: it dequantises the weight and calls the
+dense product. It has no adapter of its own."""
 
 from __future__ import annotations
 
-import logging
+import copy
 
+import bitsandbytes
 import torch
 from torch import Tensor, nn
 
-from peers import Peer, WithLora
+from peers import Peer, Problem
 
-logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it advises optional downloads
-import bitsandbytes  # noqa: E402
+
+def quantized_linear(problem: Problem) -> nn.Module:
+    """A Linear4bit over the problem's weight. The problem keeps one, and every caller gets a copy: eval mode
+    repacks the weight in place."""
+
+    def make() -> nn.Module:
+        linear = bitsandbytes.nn.Linear4bit(
+            problem.k, problem.n, bias=False, compute_dtype=problem.kind, quant_type="nf4", device="meta"
+        )
+        dense = problem.weight.to(problem.kind)
+        linear.weight = bitsandbytes.nn.Params4bit(dense, requires_grad=False, quant_type="nf4")
+        return linear.to("cpu")  # quantises
+
+    return copy.deepcopy(problem.once("Linear4bit", make))
 
 
 class BitsandbytesTraining(Peer):
     name = "bitsandbytes, training mode"
+    operations = frozenset({"forward", "grad_input", "step", "quantize", "dequantize"})
+    training = True
 
-    def build(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype) -> nn.Module:
-        n, k = weight.shape
-        linear = bitsandbytes.nn.Linear4bit(k, n, bias=False, compute_dtype=dtype, quant_type="nf4")
-        linear.weight = bitsandbytes.nn.Params4bit(weight.to(dtype), requires_grad=False, quant_type="nf4")
-        linear = linear.to("cpu")  # quantises
+    def build(self, problem: Problem) -> nn.Module:
+        linear = quantized_linear(problem)
         state = linear.weight.quant_state
-        self.stored = linear.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
-        self.dense = bitsandbytes.functional.dequantize_4bit(linear.weight, state).double()
-        return WithLora(linear, lora_a, lora_b, dtype)
+        self.bytes = linear.weight.nbytes + state.absmax.nbytes + state.state2.absmax.nbytes
+        self.packed, self.state = linear.weight.data, state
+        return linear
 
     def represented(self) -> Tensor:
-        return self.dense
+        linear = self.problem.shared["Linear4bit"]
+        state = copy.copy(linear.weight.quant_state)
+        state.dtype = torch.float32
+        return bitsandbytes.functional.dequantize_4bit(linear.weight.data, state)
 
     def weight_bytes(self) -> int:
-        return self.stored
+        return self.bytes
 
+    def quantize(self) -> Tensor:
+        dense = self.problem.once("dense weight", lambda: self.problem.weight.to(self.problem.kind))
+        return bitsandbytes.functional.quantize_4bit(
+            dense, blocksize=64, compress_statistics=True, quant_type="nf4"
+        )[0]
 
-class BitsandbytesEval(BitsandbytesTraining):
-    name = "bitsandbytes, eval mode"
-    training = False
+    def dequantize(self) -> Tensor:  # its `out` argument has no CPU kernel
+        return bitsandbytes.functional.dequantize_4bit(self.packed, self.state)

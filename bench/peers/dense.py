@@ -1,23 +1,35 @@
-"""torch.nn.functional.linear on a dense weight in x's dtype (oneDNN or MKL), the adapter beside it."""
+"""torch.nn.functional.linear on a dense weight in x's dtype (oneDNN or MKL), without an adapter."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from peers import Peer, WithLora
+from peers import Peer, Problem
+
+
+def dense_linear(problem: Problem) -> nn.Linear:
+    """A frozen dense layer over the problem's weight, shared by the peers that need one."""
+
+    def make() -> nn.Linear:
+        linear = nn.Linear(problem.k, problem.n, bias=False, device="meta")
+        linear.weight = nn.Parameter(problem.weight.to(problem.kind), requires_grad=False)
+        return linear
+
+    return problem.once("dense linear", make)
 
 
 class Dense(Peer):
     name = "dense"
+    coded = False
 
-    def build(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype) -> nn.Module:
-        self.weight = weight.to(dtype)
-        return WithLora(lambda x: functional.linear(x, self.weight), lora_a, lora_b, dtype)
+    def build(self, problem: Problem) -> nn.Module:
+        return dense_linear(problem)
 
     def represented(self) -> Tensor:
-        return self.weight.double()
+        return self.layer.weight.float()
 
     def weight_bytes(self) -> int:
-        return self.weight.nbytes
+        return self.layer.weight.nbytes
+
+    def grad_input(self, dy: Tensor) -> Tensor:
+        return dy @ self.layer.weight

@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "fastlora/cpu.h"
+
 namespace fastlora::cpu {
 namespace {
 
@@ -70,3 +72,5 @@ void* thread_scratch(size_t bytes) {
 size_t thread_scratch_bytes() { return t_scratch.bytes; }
 
 }  // namespace fastlora::cpu
+
+int64_t fastlora::scratch_bytes() { return static_cast<int64_t>(cpu::thread_scratch_bytes()); }

@@ -1,4 +1,4 @@
-// What the CPU can do, and the level in force.
+// What the CPU can do, and what the kernels keep on it.
 #pragma once
 
 #include "fastlora/status.h"
@@ -13,5 +13,8 @@ Isa best_isa();
 
 // "scalar", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"
 const char* isa_name(Isa isa);
+
+// The bytes of scratch that the calling thread holds, between calls too.
+int64_t scratch_bytes();
 
 }  // namespace fastlora

@@ -1,0 +1,50 @@
+"""The input's gradient alone: dx = dy·W (+ the adapter's part)."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from _problem import Problem, gradient_errors
+from _results import Row
+
+from suites import FIVE, SHAPES, Case, Context, Plan
+
+ROWS = (1, 16, 32, 64, 128, 512, 1024, 2048)
+FIVE_ROWS = (16, 32, 64, 128, 512, 1024, 2048)
+BASE = ("dense", "fastlora")
+OTHERS = (
+    "dense + LoRA (PEFT)",
+    "bitsandbytes, training mode",
+    "PEFT on bitsandbytes",
+    "torchao NF4",
+)
+
+
+def cases(plan: Plan) -> list[Case]:
+    found = []
+    for shape in plan.sizes(FIVE):
+        for dtype in plan.kinds(("bfloat16",)):
+            for r in plan.ranks:
+                for m in plan.counts(ROWS if shape == SHAPES[0] else FIVE_ROWS):
+                    names = (*BASE, *OTHERS)
+                    if plan.default and (shape != SHAPES[0] or m > 1024):
+                        names = BASE
+                    elif plan.default and m not in (16, 128):
+                        names = (*BASE, *OTHERS[:-1])
+                    found.append(Case("backward", "dx", *shape, r, m, dtype, names, run))
+    return found
+
+
+def run(case: Case, context: Context, problem: Problem) -> list[Row]:
+    dy = problem.gradient(case.m)
+    contenders = context.peers(case.peers, "grad_input", problem)
+    calls = [partial(peer.grad_input, dy) for peer in contenders]
+    errors = [gradient_errors(peer, dy, call()) for peer, call in zip(contenders, calls, strict=True)]
+    rows = []
+    for peer, times, error in zip(contenders, context.time(calls), errors, strict=True):
+        moved = peer.weight_bytes() + peer.adapter_bytes() + case.m * (case.n + case.k) * dy.element_size()
+        flops = 2.0 * case.m * (case.n * case.k + peer.rank * (case.n + case.k))
+        roof = context.roof_of_layer(case.m, moved, flops, case.dtype)
+        rows.append(context.row(case, peer, times, moved=moved, flops=flops, roof=roof, errors=error))
+        peer.forget()
+    return rows

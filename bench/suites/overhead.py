@@ -1,0 +1,92 @@
+"""What a call costs beside the arithmetic: a 64 x 64 layer, inference, one row, everything in cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from _problem import Problem, relative
+from _results import Row
+from _timing import interleaved
+from torch import nn
+
+from fastlora import _C, QLinear, isa
+from fastlora.checks import DTYPE_CODE
+from suites import Case, Context, Plan
+
+SIZE = 64
+CALLS = 200  # a timed sample: the clock's own cost vanishes in it
+LINEAR, RANK_0, LAYER = "nn.Linear", "QLinear, rank 0", "QLinear"
+OP, BINDING = "torch.ops.fastlora.nf4_linear", "_C.nf4_linear"
+NAMES = (LINEAR, RANK_0, LAYER, OP, BINDING)
+
+
+def cases(plan: Plan) -> list[Case]:
+    return [
+        Case("overhead", "call", SIZE, SIZE, r, 1, dtype, NAMES, run)
+        for dtype in plan.kinds(("bfloat16",))
+        for r in plan.ranks
+        if r
+    ]
+
+
+def run(case: Case, context: Context, problem: Problem) -> list[Row]:
+    x = problem.activation(case.m)
+    once = _calls(problem, x)
+    calls = [partial(_many, call) for call, _ in once]
+    with torch.inference_mode():
+        errors = [relative(call(), x.double() @ weight.t()) for call, weight in once]
+        times = interleaved(calls, context.effort, None)
+    return [
+        Row(
+            **case.labels(),
+            level=context.level,
+            threads=context.threads,
+            cache="warm",
+            peer=name,
+            rounds=t.rounds,
+            p20_us=1e6 * t.p20 / CALLS,
+            p50_us=1e6 * t.p50 / CALLS,
+            p80_us=1e6 * t.p80 / CALLS,
+            arithmetic_error=error,
+        )
+        for name, t, error in zip(NAMES, times, errors, strict=True)
+    ]
+
+
+def _many(call: Callable[[], object]) -> None:
+    for _ in range(CALLS):
+        call()
+
+
+def _calls(problem: Problem, x: torch.Tensor) -> list[tuple[Callable[[], torch.Tensor], torch.Tensor]]:
+    """Each with the float64 weight that its result stands for."""
+    dense = nn.Linear(SIZE, SIZE, bias=False, dtype=problem.kind)
+    plain = QLinear.from_linear(dense, rank=0).eval()
+    layer = QLinear.from_linear(dense, rank=problem.r, adapter_dtype=problem.kind).eval()
+    nn.init.normal_(layer.lora_B, std=0.1)
+    parts = (layer.weight, layer.weight_scales, layer.weight_nested)
+    u, y = torch.empty(x.shape[0], problem.r, dtype=problem.kind), torch.empty_like(x)
+    code = DTYPE_CODE[problem.kind]
+    addresses = (
+        x.data_ptr(), *(part.data_ptr() for part in parts), 0, layer.lora_A.data_ptr(),
+        layer.lora_B.data_ptr(), u.data_ptr(), y.data_ptr(), x.shape[0], SIZE, SIZE, problem.r,
+        layer.blocksize, layer.scaling, code, code, torch.get_num_threads(), isa.level(),
+    )  # fmt: skip
+    op = torch.ops.fastlora.nf4_linear.default
+
+    def binding(kept: tuple = (layer, u)) -> torch.Tensor:  # an address keeps nothing alive
+        _C.nf4_linear(*addresses)
+        return y
+
+    with torch.no_grad():
+        base = layer.dequantize(torch.float32).double()
+        whole = base + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+    return [
+        (partial(dense, x), dense.weight.detach().double()),
+        (partial(plain, x), base),
+        (partial(layer, x), whole),
+        (partial(op, x, *parts, layer.blocksize, None, layer.lora_A, layer.lora_B, layer.scaling), whole),
+        (binding, whole),
+    ]

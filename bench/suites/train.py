@@ -1,0 +1,50 @@
+"""A training step of one layer: forward, and the gradients of x and of the adapter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+from _problem import Problem, adapter_gradient_error, gradient_errors
+from _results import Row
+
+from suites import FIVE, SHAPES, Case, Context, Plan
+
+ROWS = (1, 16, 128, 512, 1024)
+FIVE_ROWS = (1024,)
+NAMES = ("dense + LoRA (PEFT)", "PEFT on bitsandbytes", "fastlora")
+
+
+def cases(plan: Plan) -> list[Case]:
+    found = []
+    for shape in plan.sizes(FIVE):
+        for dtype in plan.kinds(("bfloat16",)):
+            for r in (r for r in plan.ranks if r):
+                for m in plan.counts(ROWS if shape == SHAPES[0] else FIVE_ROWS):
+                    found.append(Case("train", "training step", *shape, r, m, dtype, NAMES, run, passes=2))
+    return found
+
+
+def run(case: Case, context: Context, problem: Problem) -> list[Row]:
+    x, dy = problem.activation(case.m).requires_grad_(), problem.gradient(case.m)
+    contenders = [peer for peer in context.peers(case.peers, "step", problem) if peer.has_adapter]
+    errors = []
+    for peer in contenders:
+        peer.layer.train()
+        dx, da, db = peer.step(x, dy)
+        assert da is not None
+        assert db is not None
+        found = gradient_errors(peer, dy, dx)
+        worst = max(found.arithmetic, adapter_gradient_error(problem, x.detach(), dy, da, db))
+        errors.append(replace(found, arithmetic=worst, composite=None))
+    calls = [partial(peer.step, x, dy) for peer in contenders]
+    rows = []
+    for peer, times, error in zip(contenders, context.time(calls), errors, strict=True):
+        activations = case.m * (case.n + case.k) * x.element_size()
+        moved = 2 * (peer.weight_bytes() + activations)
+        # Both products of W, and the adapter's six: u, its share of y, v, its share of dx, dA, dB.
+        flops = 4.0 * case.m * case.n * case.k + 6.0 * case.m * case.r * (case.n + case.k)
+        roof = context.roof_of_layer(case.m, moved, flops, case.dtype)
+        rows.append(context.row(case, peer, times, moved=moved, flops=flops, roof=roof, errors=error))
+        peer.layer.train(peer.training)
+    return rows
