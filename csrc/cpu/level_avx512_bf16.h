@@ -8,12 +8,17 @@
 namespace fastlora::cpu {
 namespace {
 
+alignas(64) constexpr uint16_t kWordColumns[32] = {0,  4,  8,  12,  16,  20,  24,  28,  32,  36, 40,
+                                                   44, 48, 52, 56,  60,  64,  68,  72,  76,  80, 84,
+                                                   88, 92, 96, 100, 104, 108, 112, 116, 120, 124};
+
 struct Bf16Level {
   using T = uint16_t;
   static constexpr int64_t kPerItem = 2;
   static constexpr int64_t kRun = 128;  // 64 packed bytes: four look-ups of 32 weights
   static constexpr int64_t kStripRows = 32;
   static constexpr int64_t kAccumulatorBytes = 512 << 10;
+  static constexpr bool kOverlap = true;
 
   // `vpermw` reads the low five bits of a word: w, w >> 4, w >> 8, w >> 12 are four look-ups. The c-th yields
   // columns 4i + (c ^ 1).
@@ -69,43 +74,112 @@ struct Bf16Level {
     }
   }
 
+  // Where whole runs have a simple alignment: a run's words and the table its indices are for.
+  struct Look {
+    __m512i words, table, more;  // more: the codes of blocks 2 and 3 (kWords)
+    __m512i high;                // what goes above a nibble in each byte to name the block
+    __m512i index;
+  };
+
+  template <Alignment kAlign>
+  [[gnu::always_inline]] static Look look(__m512i words, const float* absmax, int32_t phase, int shift) {
+    const __m512 codes = _mm512_loadu_ps(kNf4Codes);
+    Look l;
+    l.words = words;
+    if constexpr (kAlign == Alignment::kHalves) {
+      // Two halves with one absmax each: one table of 32 words, the second half's codes above the first's, and
+      // bit 4 of every index says which half the word is in.
+      const __m512 first = _mm512_mul_ps(codes, _mm512_set1_ps(absmax[phase >> shift]));
+      const __m512 second = _mm512_mul_ps(codes, _mm512_set1_ps(absmax[(phase + 64) >> shift]));
+      l.table = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+      l.more = l.table;
+      l.high = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(0x10), 1);
+    } else {
+      // Up to four blocks, their borders between words: a table of 64 words, bits 4 and 5 name the block.
+      __m512 scaled[4];
+      for (int b = 0; b < 4; ++b) scaled[b] = _mm512_mul_ps(codes, _mm512_set1_ps(absmax[b]));
+      l.table = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scaled[1], scaled[0]));
+      l.more = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scaled[3], scaled[2]));
+      const __m512i place =
+          _mm512_add_epi16(_mm512_load_si512(kWordColumns), _mm512_set1_epi16(static_cast<int16_t>(phase)));
+      const __m512i block = _mm512_slli_epi16(_mm512_srl_epi16(place, _mm_cvtsi32_si128(shift)), 4);
+      l.high = _mm512_or_si512(block, _mm512_slli_epi16(block, 8));
+    }
+    return l;
+  }
+
+  template <Alignment kAlign>
+  [[gnu::always_inline]] static Look look(const uint8_t* bytes, const float* absmax, int32_t phase, int shift) {
+    return look<kAlign>(_mm512_loadu_si512(bytes), absmax, phase, shift);
+  }
+
+  // Indices of look-ups c = odd (as they are) and c = odd + 2 (shifted right by 8).
+  [[gnu::always_inline]] static __m512i indices(const Look& l, int odd) {
+    const __m512i words = odd == 0 ? l.words : _mm512_srli_epi16(l.words, 4);
+    return _mm512_ternarylogic_epi32(words, _mm512_set1_epi8(0x0f), l.high, 0xea);
+  }
+  template <Alignment kAlign>
+  [[gnu::always_inline]] static __m512i pick(const Look& l, __m512i index) {
+    if constexpr (kAlign == Alignment::kHalves) return _mm512_permutexvar_epi16(index, l.table);
+    return _mm512_permutex2var_epi16(l.table, index, l.more);
+  }
+
+  template <Alignment kAlign>
+  [[gnu::always_inline]] static void look_up_all(const Look& l, __m512i (&values)[4]) {
+    for (int odd = 0; odd < 2; ++odd) {
+      const __m512i index = indices(l, odd);
+      values[odd] = pick<kAlign>(l, index);
+      values[odd + 2] = pick<kAlign>(l, _mm512_srli_epi16(index, 8));
+    }
+  }
+
+  // One of four look-ups, to be made in this order: 0, 2, 1, 3.
+  template <Alignment kAlign, int kQuarter>
+  [[gnu::always_inline]] static void look_up(Look& l, uint8_t* out, int64_t stride) {
+    l.index = kQuarter % 2 == 0 ? indices(l, kQuarter / 2) : _mm512_srli_epi16(l.index, 8);
+    constexpr int kLook = kQuarter % 2 * 2 + kQuarter / 2;
+    _mm512_store_si512(out + kLook * stride, pick<kAlign>(l, l.index));
+  }
+
+  template <Alignment kAlign>
+  [[gnu::always_inline]] static void dequantize_whole(const uint8_t* bytes, const float* absmax, int32_t phase,
+                                                      int shift, uint8_t* out, int64_t stride) {
+    __m512i values[4];
+    look_up_all<kAlign>(look<kAlign>(bytes, absmax, phase, shift), values);
+    for (int c = 0; c < 4; ++c) _mm512_store_si512(out + c * stride, values[c]);
+  }
+
+  template <Alignment kAlign>
+  [[gnu::always_inline]] static void dequantize_whole_pair(const uint8_t* even, const float* even_absmax,
+                                                           int32_t even_phase, const uint8_t* odd,
+                                                           const float* odd_absmax, int32_t odd_phase, int shift,
+                                                           uint8_t* const* out) {
+    const Look a = look<kAlign>(even, even_absmax, even_phase, shift);
+    const Look b = look<kAlign>(odd, odd_absmax, odd_phase, shift);
+    for (int c = 0; c < 2; ++c) {
+      __m512i index_a = indices(a, c), index_b = indices(b, c);
+      for (int q = c; q < 4; q += 2) {
+        const __m512i left = pick<kAlign>(a, index_a), right = pick<kAlign>(b, index_b);
+        _mm512_store_si512(out[2 * q], _mm512_unpacklo_epi16(left, right));
+        _mm512_store_si512(out[2 * q + 1], _mm512_unpackhi_epi16(left, right));
+        index_a = _mm512_srli_epi16(index_a, 8);
+        index_b = _mm512_srli_epi16(index_b, 8);
+      }
+    }
+  }
+
   // The four look-ups of a run: values[c] holds columns 4i + (c ^ 1), code * absmax rounded once to bfloat16.
   static void look_up(const Run& run, __m512i (&values)[4]) {
     const __m512 codes = _mm512_loadu_ps(kNf4Codes);
     const __m512i words = _mm512_maskz_loadu_epi8(mask64(run.count), run.bytes);
     if (run.shift >= 6 && run.phase % 64 == 0) {
-      // Two halves with one absmax each: one table of 32 words, the second half's codes above the first's, and
-      // bit 4 of every index says which half the word is in.
-      const __m512 first = _mm512_mul_ps(codes, _mm512_set1_ps(run.absmax[run.phase >> run.shift]));
-      const __m512 second = _mm512_mul_ps(codes, _mm512_set1_ps(run.absmax[(run.phase + 64) >> run.shift]));
-      const __m512i table = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
-      const __m512i low = _mm512_set1_epi16(0x0f);
-      const __m512i half = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(0x10), 1);
-      for (int c = 0; c < 4; ++c) {
-        const __m512i index = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4 * c), low, half, 0xea);
-        values[c] = _mm512_permutexvar_epi16(index, table);
-      }
-      return;
+      return look_up_all<Alignment::kHalves>(look<Alignment::kHalves>(words, run.absmax, run.phase, run.shift),
+                                             values);
     }
     const __m128i shift = _mm_cvtsi32_si128(run.shift);
     if (run.phase % 4 == 0 && (run.phase + 127) >> run.shift < 4) {
-      // Up to four blocks, their borders between words: a table of 64 words, bits 4 and 5 name the block.
-      __m512 scaled[4];
-      for (int b = 0; b < 4; ++b) scaled[b] = _mm512_mul_ps(codes, _mm512_set1_ps(run.absmax[b]));
-      const __m512i table01 = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scaled[1], scaled[0]));
-      const __m512i table23 = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scaled[3], scaled[2]));
-      alignas(64) static constexpr uint16_t kWordColumns[32] = {0,  4,  8,  12,  16,  20,  24,  28,  32,  36, 40,
-                                                                44, 48, 52, 56,  60,  64,  68,  72,  76,  80, 84,
-                                                                88, 92, 96, 100, 104, 108, 112, 116, 120, 124};
-      const __m512i place =
-          _mm512_add_epi16(_mm512_load_si512(kWordColumns), _mm512_set1_epi16(static_cast<int16_t>(run.phase)));
-      const __m512i block = _mm512_slli_epi16(_mm512_srl_epi16(place, shift), 4);
-      const __m512i low = _mm512_set1_epi16(0x0f);
-      for (int c = 0; c < 4; ++c) {
-        const __m512i index = _mm512_ternarylogic_epi32(_mm512_srli_epi16(words, 4 * c), low, block, 0xea);
-        values[c] = _mm512_permutex2var_epi16(table01, index, table23);
-      }
-      return;
+      return look_up_all<Alignment::kWords>(look<Alignment::kWords>(words, run.absmax, run.phase, run.shift),
+                                            values);
     }
     const __m512 scales = _mm512_loadu_ps(run.absmax);  // at most 5 of them are used
     const __m512i lane4 = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60);

@@ -15,21 +15,22 @@ struct Amx : Bf16Level {
   static constexpr int64_t kForwardRows = 128;
   static constexpr int64_t kBackwardRows = 128;
   static constexpr int64_t kPackedBytes = 1 << 20;
+  static constexpr bool kResidentC = true;
 
   static void begin() { tile_begin(); }
   static void end() { tile_end(); }
 
   // kRowTiles x kPanels tiles of C: tiles 0..3 are C, 4 and 5 rows of the strip, 6 and 7 panels.
-  template <int kRowTiles, int kPanels>
+  template <int kRowTiles, int kPanels, class Filler>
   static void micro(const uint8_t* strip, const uint8_t* panels, int64_t blocks, float* c, int64_t ldc,
-                    bool accumulate) {
+                    Visit visit, Filler& filler) {
     float* c_low = c + 16 * ldc;
-    if (accumulate) {
+    if (visit.from == FromC::kLoad) {
       tile_load<0>(c, ldc * 4);
       if constexpr (kPanels == 2) tile_load<1>(c + 16, ldc * 4);
       if constexpr (kRowTiles == 2) tile_load<2>(c_low, ldc * 4);
       if constexpr (kRowTiles == 2 && kPanels == 2) tile_load<3>(c_low + 16, ldc * 4);
-    } else {
+    } else if (visit.from == FromC::kZero) {
       tile_zero<0>();
       tile_zero<1>();
       tile_zero<2>();
@@ -39,38 +40,51 @@ struct Amx : Bf16Level {
       tile_load<4>(strip, 64);
       tile_load<6>(panels, 64);
       tile_multiply<0, 4, 6>();
+      filler.point();
       if constexpr (kPanels == 2) {
         tile_load<7>(panels + kTileBytes, 64);
         tile_multiply<1, 4, 7>();
+        filler.point();
       }
       if constexpr (kRowTiles == 2) {
         tile_load<5>(strip + 1024, 64);
         tile_multiply<2, 5, 6>();
-        if constexpr (kPanels == 2) tile_multiply<3, 5, 7>();
+        filler.point();
+        if constexpr (kPanels == 2) {
+          tile_multiply<3, 5, 7>();
+          filler.point();
+        }
       }
       strip += kStripRows * 64;
       panels += kPanels * kTileBytes;
     }
+    if (!visit.store) return;
     tile_store<0>(c, ldc * 4);
     if constexpr (kPanels == 2) tile_store<1>(c + 16, ldc * 4);
     if constexpr (kRowTiles == 2) tile_store<2>(c_low, ldc * 4);
     if constexpr (kRowTiles == 2 && kPanels == 2) tile_store<3>(c_low + 16, ldc * 4);
   }
 
+  // How often multiply calls filler.point() over all groups of so many panels: once a product of tiles.
+  static int64_t points(int64_t panels, int64_t rows, int64_t blocks) {
+    return panels * ceil_div(rows, 16) * blocks;
+  }
+
+  template <class Filler>
   static void multiply(const uint8_t* strip, const uint8_t* panels, int64_t width, int64_t blocks, float* c,
-                       int64_t ldc, int64_t rows, bool accumulate) {
+                       int64_t ldc, int64_t rows, Visit visit, Filler& filler) {
     tile_fence();
     if (width == 2) {
       if (rows > 16) {
-        micro<2, 2>(strip, panels, blocks, c, ldc, accumulate);
+        micro<2, 2>(strip, panels, blocks, c, ldc, visit, filler);
       } else {
-        micro<1, 2>(strip, panels, blocks, c, ldc, accumulate);
+        micro<1, 2>(strip, panels, blocks, c, ldc, visit, filler);
       }
     } else {
       if (rows > 16) {
-        micro<2, 1>(strip, panels, blocks, c, ldc, accumulate);
+        micro<2, 1>(strip, panels, blocks, c, ldc, visit, filler);
       } else {
-        micro<1, 1>(strip, panels, blocks, c, ldc, accumulate);
+        micro<1, 1>(strip, panels, blocks, c, ldc, visit, filler);
       }
     }
     tile_fence();

@@ -48,6 +48,7 @@ struct Avx2Float {
   static constexpr int64_t kBackwardRows = 120;
   static constexpr int64_t kPackedBytes = 512 << 10;
   static constexpr int64_t kAccumulatorBytes = 256 << 10;
+  static constexpr bool kOverlap = false, kResidentC = false;
 
   // Nibble c of dword i is column 8i + (c ^ 1): the even column is in the high nibble.
   static constexpr int64_t order(int64_t p) { return 8 * (p % 8) + ((p / 8) ^ 1); }
@@ -127,8 +128,9 @@ struct Avx2Float {
   }
 
   static void multiply(const uint8_t* strip, const uint8_t* panels, int64_t, int64_t blocks, float* c, int64_t ldc,
-                       int64_t rows, bool accumulate) {
+                       int64_t rows, Visit visit, NoFiller&) {
     constexpr int kRows = 6;
+    const bool accumulate = visit.from != FromC::kZero;
     for (int64_t i0 = 0; i0 < rows; i0 += kRows) {
       __m256 acc[kRows][2];
       float* to = c + i0 * ldc;

@@ -23,6 +23,7 @@ struct Avx512Float : BroadcastMultiply<FloatItems, 32> {
   static constexpr int64_t kBackwardRows = 128;
   static constexpr int64_t kPackedBytes = 768 << 10;
   static constexpr int64_t kAccumulatorBytes = 512 << 10;
+  static constexpr bool kOverlap = false;
 
   // `vpermps` reads the low four bits of a dword, so eight nibbles of one dword are eight look-ups with no
   // masks: the c-th yields columns 8i + (c ^ 1), because the even column is in the high nibble.

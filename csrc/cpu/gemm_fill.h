@@ -1,0 +1,279 @@
+// Dequantising W into A strips and B panels: all at once, or a step at a time between the products of a multiply.
+//
+// Shuffles and conversions run on other ports than products, but a core sees only a few hundred instructions
+// ahead: dequantising is hidden behind the products only if both are in the same loop. A multiply therefore calls
+// filler.point() at even distances, and the filler dequantises there what the next multiply needs.
+#pragma once
+
+#include "gemm_layout.h"
+
+namespace fastlora::cpu {
+namespace {
+
+constexpr int64_t kRowsAhead = 16;  // rows of W asked for ahead of their use where a fill walks down them
+
+// A prefetch may name any address: it never faults. The sum is one of integers, as no object may be there.
+inline void prefetch(const uint8_t* base, int64_t offset) {
+  __builtin_prefetch(
+      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(offset)));
+}
+
+struct NoFiller {
+  void point() {}
+  template <int kQuarter>
+  void quarter() {}
+  void finish() {}
+};
+
+// `count` steps. A multiply offers either `points` calls of point(), over which they are spread evenly, or runs of
+// four calls quarter<0..3>(), a step each. What is left is done by finish().
+template <class Step>
+struct Filler {
+  Step step;
+  int64_t count;
+  int64_t rate;  // steps a point, in 1/256
+  int64_t due = 0, at = 0;
+  typename Step::State state;
+
+  Filler(const Step& s, int64_t steps, int64_t points)
+      : step(s), count(steps), rate(ceil_div(steps * 256, max64(points, 1))) {}
+
+  [[gnu::always_inline]] void point() {
+    for (due += rate; due >= 256; due -= 256) {
+      if (at < count) step(at++);
+    }
+  }
+  template <int kQuarter>
+  [[gnu::always_inline]] void quarter() {
+    if (at >= count) return;
+    step.template quarter<kQuarter>(at, state);
+    if constexpr (kQuarter == 3) ++at;
+  }
+  void finish() {
+    while (at < count) step(at++);
+  }
+};
+
+// One run of a strip, row by row; whole runs only.
+template <class L, Alignment kAlign>
+struct StripStep {
+  using G = Gemm<L>;
+  struct State {
+    typename L::Look look;
+    uint8_t* to;
+  };
+  const uint8_t* packed;  // of the strip's first row and column
+  const float* absmax;    // of the first row, from the block of column k0 - lead on
+  uint8_t* strip;
+  int64_t row_bytes, absmax_stride, k;
+  int64_t flat;   // the place of the strip's first weight in W
+  int64_t lead;   // columns between the first scale's and the strip's first
+  int64_t ahead;  // where to prefetch, in bytes from the run's place
+  int log_runs;   // of a row
+  int shift;
+
+  struct Where {
+    const uint8_t* bytes;
+    const float* absmax;
+    int32_t phase;
+    uint8_t* to;
+  };
+  [[gnu::always_inline]] Where where(int64_t at) const {
+    const int64_t i = at >> log_runs, r = at & ((1 << log_runs) - 1);
+    const int64_t here = flat + i * k + r * G::kRun, first = flat + i * k - lead;
+    const uint8_t* bytes = packed + i * row_bytes + r * (G::kRun / 2);
+    prefetch(bytes, ahead);
+    return {.bytes = bytes,
+            .absmax = absmax + i * absmax_stride + ((here >> shift) - (first >> shift)),
+            .phase = static_cast<int32_t>(here & ((int64_t{1} << shift) - 1)),
+            .to = strip + i * 64 + r * (G::kVectors * G::kStripBlockBytes)};
+  }
+  [[gnu::always_inline]] void operator()(int64_t at) const {
+    const Where w = where(at);
+    L::template dequantize_whole<kAlign>(w.bytes, w.absmax, w.phase, shift, w.to, G::kStripBlockBytes);
+  }
+  template <int kQuarter>
+  [[gnu::always_inline]] void quarter(int64_t at, State& state) const {
+    if constexpr (kQuarter == 0) {
+      const Where w = where(at);
+      state.look = L::template look<kAlign>(w.bytes, w.absmax, w.phase, shift);
+      state.to = w.to;
+    }
+    L::template look_up<kAlign, kQuarter>(state.look, state.to, G::kStripBlockBytes);
+  }
+};
+
+// One item of a set of panels: a row of W, or a pair of them, kRun columns.
+template <class L, Alignment kAlign>
+struct PanelStep {
+  using G = Gemm<L>;
+  struct State {};
+  const uint8_t* packed;  // of the set's first row and column
+  Nf4Scales scales;
+  const float* map;
+  uint8_t* panels;
+  int64_t row_bytes, k, blocks;
+  int64_t flat;  // the place of the set's first weight in W
+  int shift;
+
+  // The scales of a run, where look_up_whole wants them.
+  [[gnu::always_inline]] void decode(int64_t at, float (&absmax)[4]) const {
+    const int64_t first = at >> shift;
+    if constexpr (kAlign == Alignment::kHalves) {
+      absmax[0] = block_absmax(scales, map, first);
+      absmax[1] = block_absmax(scales, map, (at + G::kRun / 2) >> shift);
+    } else {
+      const int64_t last = (at + G::kRun - 1) >> shift;
+      for (int64_t b = 0; b < 4; ++b) absmax[b] = block_absmax(scales, map, min64(first + b, last));
+    }
+  }
+
+  [[gnu::always_inline]] void operator()(int64_t t) const {
+    const int64_t row = t * G::kPerItem, at = flat + row * k;
+    const uint8_t* even = packed + row * row_bytes;
+    uint8_t* to[G::kRunPanels];
+    for (int64_t p = 0; p < G::kRunPanels; ++p) {
+      const auto place = G::panel_place(p, G::kRunPanels, blocks);
+      to[p] = panels + place.offset + t / 16 * place.block_stride + t % 16 * 64;
+    }
+    prefetch(even, kRowsAhead * row_bytes);
+    prefetch(even, (kRowsAhead + 1) * row_bytes);
+    prefetch(scales.codes, ((at + kRowsAhead * k) >> shift) * (scales.nested == nullptr ? 4 : 1));
+    float a[4], b[4];
+    decode(at, a);
+    decode(at + k, b);
+    // With halves the scales lie one a half, as if blocks of 64 began with the run.
+    constexpr bool kHalves = kAlign == Alignment::kHalves;
+    const int32_t mask = (1 << shift) - 1;
+    const auto phase_a = kHalves ? 0 : static_cast<int32_t>(at) & mask;
+    const auto phase_b = kHalves ? 0 : static_cast<int32_t>(at + k) & mask;
+    L::template dequantize_whole_pair<kAlign>(even, a, phase_a, even + row_bytes, b, phase_b, kHalves ? 6 : shift,
+                                              to);
+  }
+  template <int kQuarter>
+  [[gnu::always_inline]] void quarter(int64_t t, State&) const {
+    if constexpr (kQuarter == 3) (*this)(t);
+  }
+};
+
+template <class L>
+struct Fill : Gemm<L> {
+  using G = Gemm<L>;
+  using G::kPerItem, G::kPerVector, G::kRun, G::kRunPanels, G::kStripBlockBytes, G::kStripRows, G::kVectors;
+  using G::panel_place;
+
+  // Where the same columns of the next strip are, in bytes from a row's place at column k: along the row or, at
+  // its end, kStripRows below. A strip takes a few bytes of many rows, which no hardware prefetcher follows.
+  static int64_t next_strip(const Nf4Weight& w, int64_t k) {
+    constexpr int64_t kBytes = L::kStripBlocks * kPerVector / 2;
+    const int64_t row_bytes = ceil_div(w.k, 2), next = k / 2 + kBytes;
+    return next < row_bytes ? kBytes : kStripRows * row_bytes + next % kBytes - k / 2;
+  }
+
+  // Rows [row0, row0 + rows), contraction columns [k0, k0 + blocks * kPerVector). absmax: row i's decoded scales
+  // from the block of column `absmax_k0` on, at absmax + i * absmax_stride.
+  static void strip_of(const Nf4Weight& w, const float* absmax, int64_t absmax_stride, int64_t row0, int64_t rows,
+                       int64_t k0, int64_t blocks, uint8_t* strip, int64_t absmax_k0) {
+    const int64_t row_bytes = ceil_div(w.k, 2);
+    const int shift = __builtin_ctzll(static_cast<uint64_t>(w.blocksize));
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = row0 + i;
+      const int64_t first_block = (row * w.k + absmax_k0) >> shift;
+      for (int64_t b = 0; b < blocks; b += kVectors) {
+        const int64_t k = k0 + b * kPerVector, flat = row * w.k + k;
+        uint8_t* out[kVectors];
+        for (int64_t v = 0; v < kVectors; ++v) out[v] = strip + (b + v) * kStripBlockBytes + i * 64;
+        prefetch(w.packed, row * row_bytes + k / 2 + next_strip(w, k));
+        L::dequantize_run({.bytes = w.packed + row * row_bytes + k / 2,
+                           .count = row_bytes - k / 2,
+                           .absmax = absmax + i * absmax_stride + ((flat >> shift) - first_block),
+                           .phase = static_cast<int32_t>(flat & (w.blocksize - 1)),
+                           .shift = shift},
+                          out);
+      }
+    }
+  }
+
+  // The same by steps, one a run; every run must lie inside the row.
+  template <Alignment kAlign>
+  static StripStep<L, kAlign> strip_step(const Nf4Weight& w, const float* absmax, int64_t absmax_stride,
+                                         int64_t row0, int64_t k0, int64_t blocks, uint8_t* strip,
+                                         int64_t absmax_k0) {
+    const int64_t row_bytes = ceil_div(w.k, 2);
+    return {.packed = w.packed + row0 * row_bytes + k0 / 2,
+            .absmax = absmax,
+            .strip = strip,
+            .row_bytes = row_bytes,
+            .absmax_stride = absmax_stride,
+            .k = w.k,
+            .flat = row0 * w.k + k0,
+            .lead = k0 - absmax_k0,
+            .ahead = next_strip(w, k0),
+            .log_runs = blocks == 2 * kVectors ? 1 : 0,
+            .shift = __builtin_ctzll(static_cast<uint64_t>(w.blocksize))};
+  }
+
+  // Items [t0, t0 + 16 * blocks) of the contraction over rows, columns [k0, k0 + kRun).
+  static void panels_of(const Nf4Weight& w, const float* map, int64_t row0, int64_t blocks, int64_t k0,
+                        uint8_t* out) {
+    const int64_t row_bytes = ceil_div(w.k, 2);
+    const int shift = __builtin_ctzll(static_cast<uint64_t>(w.blocksize));
+    const int64_t last_column = min64(k0 + kRun, w.k) - 1;
+    const int64_t scale_bytes = w.scales.nested == nullptr ? 4 : 1;
+    float absmax[2][kRun / kMinBlocksize + 2 + kAbsmaxSlack];
+    Run runs[2];
+    uint8_t* to[kRunPanels];
+    for (int64_t p = 0; p < kRunPanels; ++p) to[p] = out + panel_place(p, kRunPanels, blocks).offset;
+    for (int64_t t = 0; t < blocks * 16; ++t) {
+      for (int64_t e = 0; e < kPerItem; ++e) {
+        const int64_t row = row0 + t * kPerItem + e;
+        if (row >= w.n) {  // past the last row: codes and scales of zero
+          for (float& a : absmax[e]) a = 0.0f;
+          runs[e] = {.bytes = w.packed, .count = 0, .absmax = absmax[e], .phase = 0, .shift = shift};
+          continue;
+        }
+        const int64_t flat = row * w.k + k0, first = flat >> shift, last = (row * w.k + last_column) >> shift;
+        prefetch(w.packed, (row + kRowsAhead) * row_bytes + k0 / 2);
+        prefetch(w.scales.codes, (first + kRowsAhead * (w.k >> shift)) * scale_bytes);
+        for (int64_t b = first; b <= last; ++b) absmax[e][b - first] = block_absmax(w.scales, map, b);
+        absmax[e][last - first + 1] = 0.0f;  // columns past the last one look here or further: any finite value
+        runs[e] = {.bytes = w.packed + row * row_bytes + k0 / 2,
+                   .count = row_bytes - k0 / 2,
+                   .absmax = absmax[e],
+                   .phase = static_cast<int32_t>(flat & (w.blocksize - 1)),
+                   .shift = shift};
+      }
+      if constexpr (kPerItem == 1) {
+        L::dequantize_run(runs[0], to);
+      } else {
+        L::dequantize_pair(runs[0], runs[1], to);
+      }
+      if (t % 16 != 15) {
+        for (int64_t p = 0; p < kRunPanels; ++p) to[p] += 64;
+      } else {
+        for (int64_t p = 0; p < kRunPanels; ++p) {
+          to[p] += panel_place(p, kRunPanels, blocks).block_stride - 15 * 64;
+        }
+      }
+    }
+  }
+
+  // The same by steps, one an item; every run must lie inside W.
+  template <Alignment kAlign>
+  static PanelStep<L, kAlign> panel_step(const Nf4Weight& w, const float* map, int64_t row0, int64_t blocks,
+                                         int64_t k0, uint8_t* panels) {
+    const int64_t row_bytes = ceil_div(w.k, 2);
+    return {.packed = w.packed + row0 * row_bytes + k0 / 2,
+            .scales = w.scales,
+            .map = map,
+            .panels = panels,
+            .row_bytes = row_bytes,
+            .k = w.k,
+            .blocks = blocks,
+            .flat = row0 * w.k + k0,
+            .shift = __builtin_ctzll(static_cast<uint64_t>(w.blocksize))};
+  }
+};
+
+}  // namespace
+}  // namespace fastlora::cpu
