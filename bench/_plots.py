@@ -36,9 +36,10 @@ def plot(folder: Path, name: str, results: Results) -> list[Path]:
             figure = draw(plt, results)
             if figure is not None:
                 about = results.about
+                caches = "/".join(dict.fromkeys(row.cache for row in results.rows if row.op == "forward"))
                 figure.suptitle(
                     f"{about.get('machine', '')}, {about.get('threads', '')} threads, level "
-                    f"{about.get('level', '')}",
+                    f"{about.get('level', '')}, {caches} caches",
                     fontsize=10,
                 )
                 written.append(folder / f"{name}-{kind}.png")
@@ -81,9 +82,15 @@ def _ratio_ticks(axis: Any) -> None:
     axis.set_yticks(steps, [f"{step:g}x" if step >= 1 else f"1/{1 / step:g}x" for step in steps])
 
 
-def _panels(plt: Any, count: int, **more: Any) -> Any:
-    size = (4.9 * count, 4.1)
-    return plt.subplots(1, count, figsize=size, dpi=140, layout="constrained", squeeze=False, **more)
+def _panels(plt: Any, count: int, **more: Any) -> tuple[Any, list[Any]]:
+    """A figure of up to three panels in a row, or four in a square."""
+    wide = 2 if count == 4 else count
+    high = -(-count // wide)
+    size = (5.2 * wide, 3.9 * high + 0.5)
+    figure, axes = plt.subplots(
+        high, wide, figsize=size, dpi=130, layout="constrained", squeeze=False, **more
+    )
+    return figure, list(axes.flat)
 
 
 def _lines(axis: Any, rows: list[Row], base: str) -> None:
@@ -118,7 +125,7 @@ def _draw_speed(plt: Any, results: Results) -> Any:
         return None
     means = [(op, rows) for op, rows in (("forward", forward), ("dx", dx)) if rows]
     figure, axes = _panels(plt, len(panels) + bool(means))
-    for axis, (op, rows, base) in zip(axes[0], panels, strict=False):
+    for axis, (op, rows, base) in zip(axes, panels, strict=False):
         _lines(axis, rows, base)
         first = rows[0]
         _finish(
@@ -129,11 +136,11 @@ def _draw_speed(plt: Any, results: Results) -> Any:
         )
     handles = {
         label: handle
-        for axis in axes[0]
+        for axis in axes
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     if means:
-        axis = axes[0][-1]
+        axis = axes[-1]
         for (op, rows), color in zip(means, ("#1368ce", "#2a9d63"), strict=False):
             _mean_line(axis, rows, op, color)
         axis.axhline(1, color=_COLORS[DENSE], linewidth=1.3)
@@ -168,7 +175,7 @@ def _draw_roof(plt: Any, results: Results) -> Any:
     if not panels:
         return None
     figure, axes = _panels(plt, len(panels), sharey=True)
-    for axis, (op, rows) in zip(axes[0], panels, strict=True):
+    for axis, (op, rows) in zip(axes, panels, strict=True):
         for peer, color in _COLORS.items():
             ours = peer == OURS
             for bound in ("read", "product"):
@@ -195,7 +202,7 @@ def _draw_roof(plt: Any, results: Results) -> Any:
         axis.set_ylim(0, max(100.0, axis.get_ylim()[1]))
     handles = {
         label: handle
-        for axis in axes[0]
+        for axis in axes
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(

@@ -56,7 +56,7 @@ class Errors:
     that with the weight before quantisation, and of dequantise-to-bfloat16 + float32 product + one rounding
     to the first of the two (None where the contender stores a dense weight)."""
 
-    arithmetic: float
+    arithmetic: float | None
     total: float
     composite: float | None = None
 

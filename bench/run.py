@@ -153,7 +153,7 @@ def show(results: Results, console: Console) -> None:
             table.add_row(*bench_line(row, results.rows))
         console.print(f"\n{suite}: {op}, n {n}, k {k}, r {r}, {dtype}, {level} {cache}")
         console.print(table)
-    for lines in (mean_table(results.rows), targets.report(results)):
+    for lines in (mean_table(results.rows), targets.report(results, unmeasured=False)):
         console.print("\n".join(["", *lines]), soft_wrap=True)
     for name, reason in results.absent.items():
         console.print(f"not measured, {name}: {reason}", soft_wrap=True)

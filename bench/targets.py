@@ -184,11 +184,13 @@ def evaluate_all(results: Results) -> list[Outcome]:
     return [evaluate(target, results.rows, results.about.get("level", "")) for target in TARGETS]
 
 
-def report(results: Results) -> list[str]:
-    """The Markdown of all targets: a line each, and how many are hit."""
+def report(results: Results, *, unmeasured: bool = True) -> list[str]:
+    """The Markdown of the targets, a line each, and how many are hit. unmeasured: show those lines too."""
     outcomes = evaluate_all(results)
     out = ["| work | at least | reach for | measured | points | |", "|:--|--:|--:|--:|--:|:--|"]
     for o in outcomes:
+        if o.figure is None and not unmeasured:
+            continue
         t, sign = o.target, "" if o.target.more_is_better else "<= "
         reach = "" if t.reach is None else f"{sign}{t.reach:g}"
         figure = "" if o.figure is None else f"{o.figure:.2f}"

@@ -84,7 +84,8 @@ def test_every_suite_has_rows_with_errors_and_rates(results):
             assert row.mib >= 0
             continue
         assert row.p20_us <= row.p50_us <= row.p80_us
-        assert row.arithmetic_error < 0.02, row
+        if row.op != "quantize":
+            assert row.arithmetic_error < 0.02, row
         if row.suite in ("linear", "backward", "train"):
             assert row.total_error < (0.2 if "dense" not in row.peer else 0.02), row
             assert row.tflops > 0
@@ -95,7 +96,9 @@ def test_every_suite_has_rows_with_errors_and_rates(results):
 
 def test_every_way_to_call_the_layer_is_in_the_overhead(results):
     read = module("_results").read_json(results / "rows.json")
-    assert [row.peer for row in read.rows if row.suite == "overhead"] == list(module("suites.overhead").NAMES)
+    overhead = module("suites.overhead")
+    names = [n for n in overhead.NAMES if n != overhead.DIRECT or fastlora.direct.AVAILABLE]
+    assert [row.peer for row in read.rows if row.suite == "overhead"] == names
 
 
 def test_csv_and_json_hold_the_same_rows(results):

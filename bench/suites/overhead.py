@@ -8,18 +8,19 @@ from functools import partial
 import torch
 from _problem import Problem, relative
 from _results import Row
-from _timing import interleaved
-from torch import nn
+from _timing import Effort, interleaved
+from torch import Tensor, nn
 
-from fastlora import _C, QLinear, isa
+from fastlora import _C, QLinear, direct, isa
 from fastlora.checks import DTYPE_CODE
 from suites import Case, Context, Plan
 
 SIZE = 64
-CALLS = 200  # a timed sample: the clock's own cost vanishes in it
+CALLS = 50  # a timed sample: long enough for the clock, too short for most disturbances
+EFFORT = Effort(seconds=0.2, least=10, most=400)
 LINEAR, RANK_0, LAYER = "nn.Linear", "QLinear, rank 0", "QLinear"
-OP, BINDING = "torch.ops.fastlora.nf4_linear", "_C.nf4_linear"
-NAMES = (LINEAR, RANK_0, LAYER, OP, BINDING)
+OP, DIRECT, BINDING = "torch.ops.fastlora.nf4_linear", "fastlora.direct.linear", "_C.nf4_linear"
+NAMES = (LINEAR, RANK_0, LAYER, OP, DIRECT, BINDING)
 
 
 def cases(plan: Plan) -> list[Case]:
@@ -33,11 +34,12 @@ def cases(plan: Plan) -> list[Case]:
 
 def run(case: Case, context: Context, problem: Problem) -> list[Row]:
     x = problem.activation(case.m)
-    once = _calls(problem, x)
-    calls = [partial(_many, call) for call, _ in once]
     with torch.inference_mode():
-        errors = [relative(call(), x.double() @ weight.t()) for call, weight in once]
-        times = interleaved(calls, context.effort, None)
+        found = [(name, call, call(), weight) for name, call, weight in _calls(problem, x)]
+        found = [one for one in found if one[2] is not None]  # the direct call, where torch is too old for it
+        errors = [relative(y, x.double() @ weight.t()) for _, _, y, weight in found]
+        calls = [partial(_many, call) for _, call, _, _ in found]
+        times = interleaved(calls, context.effort if context.effort.most < EFFORT.least else EFFORT, None)
     return [
         Row(
             **case.labels(),
@@ -51,7 +53,7 @@ def run(case: Case, context: Context, problem: Problem) -> list[Row]:
             p80_us=1e6 * t.p80 / CALLS,
             arithmetic_error=error,
         )
-        for name, t, error in zip(NAMES, times, errors, strict=True)
+        for (name, *_), t, error in zip(found, times, errors, strict=True)
     ]
 
 
@@ -60,13 +62,13 @@ def _many(call: Callable[[], object]) -> None:
         call()
 
 
-def _calls(problem: Problem, x: torch.Tensor) -> list[tuple[Callable[[], torch.Tensor], torch.Tensor]]:
-    """Each with the float64 weight that its result stands for."""
+def _calls(problem: Problem, x: Tensor) -> list[tuple[str, Callable[[], Tensor | None], Tensor]]:
+    """Each with its name and the float64 weight that its result stands for."""
     dense = nn.Linear(SIZE, SIZE, bias=False, dtype=problem.kind)
     plain = QLinear.from_linear(dense, rank=0).eval()
     layer = QLinear.from_linear(dense, rank=problem.r, adapter_dtype=problem.kind).eval()
     nn.init.normal_(layer.lora_B, std=0.1)
-    parts = (layer.weight, layer.weight_scales, layer.weight_nested)
+    parts, adapter = (layer.weight, layer.weight_scales, layer.weight_nested), (layer.lora_A, layer.lora_B)
     u, y = torch.empty(x.shape[0], problem.r, dtype=problem.kind), torch.empty_like(x)
     code = DTYPE_CODE[problem.kind]
     addresses = (
@@ -76,17 +78,19 @@ def _calls(problem: Problem, x: torch.Tensor) -> list[tuple[Callable[[], torch.T
     )  # fmt: skip
     op = torch.ops.fastlora.nf4_linear.default
 
-    def binding(kept: tuple = (layer, u)) -> torch.Tensor:  # an address keeps nothing alive
+    def binding(kept: tuple = (layer, u)) -> Tensor:  # an address keeps nothing alive
         _C.nf4_linear(*addresses)
         return y
 
     with torch.no_grad():
         base = layer.dequantize(torch.float32).double()
         whole = base + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
-    return [
+    calls = [
         (partial(dense, x), dense.weight.detach().double()),
         (partial(plain, x), base),
         (partial(layer, x), whole),
-        (partial(op, x, *parts, layer.blocksize, None, layer.lora_A, layer.lora_B, layer.scaling), whole),
+        (partial(op, x, *parts, layer.blocksize, None, *adapter, layer.scaling), whole),
+        (partial(direct.linear, x, (*parts, layer.blocksize), None, *adapter, layer.scaling), whole),
         (binding, whole),
     ]
+    return [(name, *call) for name, call in zip(NAMES, calls, strict=True)]

@@ -42,7 +42,13 @@ def quantize(case: Case, context: Context, problem: Problem) -> list[Row]:
         roof = context.roofs.of_read(read, context.flush is not None) if context.roofs else None
         rows.append(
             context.row(
-                case, peer, t, moved=read + peer.weight_bytes(), flops=0, roof=roof, errors=Errors(0.0, total)
+                case,
+                peer,
+                t,
+                moved=read + peer.weight_bytes(),
+                flops=0,
+                roof=roof,
+                errors=Errors(None, total),
             )
         )
     return rows

@@ -147,7 +147,7 @@ double fma_tflops(int32_t isa, int threads, int repeats) {
                      threads, repeats, [](int thread) { return OneBuffer{random_buffer(4096, thread)}; },
                      [&](OneBuffer& state) {
                        double flops = 0;
-                       g_kept = loop(300000, static_cast<const float*>(state.data.get()), &flops);
+                       g_kept = loop(60000, static_cast<const float*>(state.data.get()), &flops);
                        return flops;
                      });
 }
