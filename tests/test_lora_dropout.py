@@ -83,3 +83,8 @@ def test_nan_is_dropped_too() -> None:
     x = torch.full((1000,), torch.nan)
     got = dropout(x, torch.tensor(3), 0.5)
     assert torch.equal(got.isnan(), reference.lora_dropout_mask((1000,), 3, 0.5))
+
+
+def test_a_scalar() -> None:
+    x = torch.tensor(2.0)
+    assert torch.equal(dropout(x, torch.tensor(3), 0.0), x)

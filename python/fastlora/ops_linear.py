@@ -47,9 +47,9 @@ def _linear_with_u_outputs(
 
 def _linear_with_u(
     x: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, blocksize: int, bias: Tensor | None,
-    lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, y: Tensor, u: Tensor,
+    lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, y: Tensor, u: Tensor | None,
 ) -> int:  # fmt: skip
-    if not x.shape[-1]:
+    if u is not None and not x.shape[-1]:
         u.zero_()  # an empty lora_a has no address, and the kernel takes u for an input
     return _run_linear(x, (packed, scales, nested, blocksize), bias, lora_a, lora_b, u, scaling, y)
 
@@ -60,8 +60,8 @@ def _linear_outputs(*args: Any) -> Outputs:
 
 def _linear(*args: Any) -> int:
     x, lora_a = args[0], args[6]
-    rank = 0 if lora_a is None else lora_a.shape[0]
-    args = (*args, torch.empty((*x.shape[:-1], rank), dtype=x.dtype))
+    u = None if lora_a is None else torch.empty(*x.shape[:-1], lora_a.shape[0], dtype=x.dtype)
+    args = (*args, u)
     return _linear_with_u(*args)
 
 
