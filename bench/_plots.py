@@ -75,11 +75,15 @@ def _finish(axis: Any, ms: list[int], title: str, label: str) -> None:
 
 
 def _ratio_ticks(axis: Any) -> None:
+    """A logarithmic axis of ratios, marked at every doubling, or at every half of one on a short axis."""
     low, high = axis.get_ylim()
+    low, high = max(low, 1 / 64) * 0.93, high * 1.07
     axis.set_yscale("log", base=2)
-    axis.set_ylim(max(low, 1 / 64) * 0.9, high * 1.1)
-    steps = [2.0**i for i in range(-6, 6) if axis.get_ylim()[0] <= 2.0**i <= axis.get_ylim()[1]]
-    axis.set_yticks(steps, [f"{step:g}x" if step >= 1 else f"1/{1 / step:g}x" for step in steps])
+    axis.set_ylim(low, high)
+    halves = 2 if math.log2(high / low) < 4 else 1
+    steps = [round(2.0 ** (i / halves), 2 if i < 0 else 1) for i in range(-6 * halves, 6 * halves)]
+    axis.set_yticks(steps, [f"{step:g}x" for step in steps])
+    axis.set_ylim(low, high)
 
 
 def _panels(plt: Any, count: int, **more: Any) -> tuple[Any, list[Any]]:
@@ -148,9 +152,7 @@ def _draw_speed(plt: Any, results: Results) -> Any:
         ms = sorted({row.m for _, rows in means for row in rows if row.peer == OURS})
         _finish(axis, ms, "fastlora, each shape (thin) and the mean", "speed over dense")
         axis.legend(frameon=False)
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False
-    )
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -205,9 +207,7 @@ def _draw_roof(plt: Any, results: Results) -> Any:
         for axis in axes
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(
-        handles.values(), handles.keys(), loc="outside lower center", ncols=len(handles), frameon=False
-    )
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
