@@ -89,8 +89,11 @@ struct StripStep {
             .to = strip + i * 64 + r * (G::kVectors * G::kStripBlockBytes)};
   }
   [[gnu::always_inline]] void operator()(int64_t at) const {
-    const Where w = where(at);
-    L::template dequantize_whole<kAlign>(w.bytes, w.absmax, w.phase, shift, w.to, G::kStripBlockBytes);
+    State state;
+    quarter<0>(at, state);
+    quarter<1>(at, state);
+    quarter<2>(at, state);
+    quarter<3>(at, state);
   }
   template <int kQuarter>
   [[gnu::always_inline]] void quarter(int64_t at, State& state) const {
@@ -99,15 +102,18 @@ struct StripStep {
       state.look = L::template look<kAlign>(w.bytes, w.absmax, w.phase, shift);
       state.to = w.to;
     }
-    L::template look_up<kAlign, kQuarter>(state.look, state.to, G::kStripBlockBytes);
+    L::template look_up<kAlign, kQuarter>(state.look, state.to + L::look_of(kQuarter) * G::kStripBlockBytes);
   }
 };
 
-// One item of a set of panels: a row of W, or a pair of them, kRun columns.
+// One item of a set of panels: a pair of rows of W, kRun columns.
 template <class L, Alignment kAlign>
 struct PanelStep {
   using G = Gemm<L>;
-  struct State {};
+  static_assert(G::kPerItem == 2);
+  struct State {
+    typename L::Look even, odd;
+  };
   const uint8_t* packed;  // of the set's first row and column
   Nf4Scales scales;
   const float* map;
@@ -128,31 +134,41 @@ struct PanelStep {
     }
   }
 
-  [[gnu::always_inline]] void operator()(int64_t t) const {
-    const int64_t row = t * G::kPerItem, at = flat + row * k;
-    const uint8_t* even = packed + row * row_bytes;
-    uint8_t* to[G::kRunPanels];
-    for (int64_t p = 0; p < G::kRunPanels; ++p) {
-      const auto place = G::panel_place(p, G::kRunPanels, blocks);
-      to[p] = panels + place.offset + t / 16 * place.block_stride + t % 16 * 64;
-    }
-    prefetch(even, kRowsAhead * row_bytes);
-    prefetch(even, (kRowsAhead + 1) * row_bytes);
-    prefetch(scales.codes, ((at + kRowsAhead * k) >> shift) * (scales.nested == nullptr ? 4 : 1));
-    float a[4], b[4];
-    decode(at, a);
-    decode(at + k, b);
-    // With halves the scales lie one a half, as if blocks of 64 began with the run.
-    constexpr bool kHalves = kAlign == Alignment::kHalves;
-    const int32_t mask = (1 << shift) - 1;
-    const auto phase_a = kHalves ? 0 : static_cast<int32_t>(at) & mask;
-    const auto phase_b = kHalves ? 0 : static_cast<int32_t>(at + k) & mask;
-    L::template dequantize_whole_pair<kAlign>(even, a, phase_a, even + row_bytes, b, phase_b, kHalves ? 6 : shift,
-                                              to);
+  // With halves the scales lie one a half, as if blocks of 64 began with the run.
+  static constexpr bool kHalves = kAlign == Alignment::kHalves;
+  [[gnu::always_inline]] typename L::Look look(const uint8_t* bytes, int64_t at) const {
+    float absmax[4];
+    decode(at, absmax);
+    const auto phase = static_cast<int32_t>(at & ((int64_t{1} << shift) - 1));
+    return L::template look<kAlign>(bytes, absmax, kHalves ? 0 : phase, kHalves ? 6 : shift);
   }
+  // Where panel p has the item.
+  [[gnu::always_inline]] uint8_t* place_of(int64_t p, int64_t t) const {
+    const auto place = G::panel_place(p, G::kRunPanels, blocks);
+    return panels + place.offset + t / 16 * place.block_stride + t % 16 * 64;
+  }
+
   template <int kQuarter>
-  [[gnu::always_inline]] void quarter(int64_t t, State&) const {
-    if constexpr (kQuarter == 3) (*this)(t);
+  [[gnu::always_inline]] void quarter(int64_t t, State& state) const {
+    if constexpr (kQuarter == 0) {
+      const int64_t at = flat + 2 * t * k;
+      const uint8_t* even = packed + 2 * t * row_bytes;
+      prefetch(even, kRowsAhead * row_bytes);
+      prefetch(even, (kRowsAhead + 1) * row_bytes);
+      prefetch(scales.codes, ((at + kRowsAhead * k) >> shift) * (scales.nested == nullptr ? 4 : 1));
+      state.even = look(even, at);
+      state.odd = look(even + row_bytes, at + k);
+    }
+    constexpr int kLook = L::look_of(kQuarter);
+    L::template look_up_pair<kAlign, kQuarter>(state.even, state.odd, place_of(2 * kLook, t),
+                                               place_of(2 * kLook + 1, t));
+  }
+  [[gnu::always_inline]] void operator()(int64_t t) const {
+    State state;
+    quarter<0>(t, state);
+    quarter<1>(t, state);
+    quarter<2>(t, state);
+    quarter<3>(t, state);
   }
 };
 

@@ -17,7 +17,12 @@ struct Pack : Gemm<L> {
   // Columns [k0, k0 + count) of a row, scaled and converted, zeros past the last column.
   static void load_dense(const DenseRows& s, int64_t row, int64_t k0, int64_t count, T* out) {
     const int64_t have = max64(0, min64(count, s.k - k0));
-    if (have > 0) L::load_scaled_row(element_ptr(s.data, row * s.k + k0, s.dtype), s.dtype, have, s.scale, out);
+    const void* from = element_ptr(s.data, row * s.k + k0, s.dtype);
+    if (have > 0 && s.scale == 1.0f) {
+      L::load_row(from, s.dtype, have, out);
+    } else if (have > 0) {
+      L::load_scaled_row(from, s.dtype, have, s.scale, out);
+    }
     for (int64_t j = have; j < count; ++j) out[j] = L::from_float(0.0f);
   }
 
@@ -36,9 +41,13 @@ struct Pack : Gemm<L> {
       }
       for (int64_t b = 0; b < blocks; b += kVectors) {
         load_dense(s, row0 + i, k0 + b * kPerVector, kRun, piece);
-        for (int64_t v = 0; v < kVectors; ++v) {
-          T* out = reinterpret_cast<T*>(strip + (b + v) * kStripBlockBytes + i * 64);
-          for (int64_t j = 0; j < kPerVector; ++j) out[j] = piece[L::order(v * kPerVector + j)];
+        uint8_t* out = strip + b * kStripBlockBytes + i * 64;
+        if constexpr (requires { L::permute_run(piece, out, kStripBlockBytes); }) {
+          L::permute_run(piece, out, kStripBlockBytes);
+          continue;
+        }
+        for (int64_t j = 0; j < kRun; ++j) {
+          reinterpret_cast<T*>(out + j / kPerVector * kStripBlockBytes)[j % kPerVector] = piece[L::order(j)];
         }
       }
     }

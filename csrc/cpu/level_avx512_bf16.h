@@ -57,6 +57,23 @@ struct Bf16Level {
     transpose_strip32(c, ldc, block);
   }
 
+  // A run in the order of the look-ups: even and odd pairs of columns apart, then their high and low halves.
+  static void permute_run(const uint16_t* piece, uint8_t* out, int64_t stride) {
+    const __m512i even32 = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i even16 = _mm512_srli_epi16(_mm512_load_si512(kWordColumns), 1);
+    const __m512i one16 = _mm512_set1_epi16(1);
+    for (int odd = 0; odd < 2; ++odd) {
+      const __m512i pick = _mm512_add_epi32(even32, _mm512_set1_epi32(odd));
+      const __m512i left =
+          _mm512_permutex2var_epi32(_mm512_loadu_si512(piece), pick, _mm512_loadu_si512(piece + 32));
+      const __m512i right =
+          _mm512_permutex2var_epi32(_mm512_loadu_si512(piece + 64), pick, _mm512_loadu_si512(piece + 96));
+      const __m512i high = _mm512_permutex2var_epi16(left, _mm512_add_epi16(even16, one16), right);
+      _mm512_store_si512(out + 2 * odd * stride, high);
+      _mm512_store_si512(out + (2 * odd + 1) * stride, _mm512_permutex2var_epi16(left, even16, right));
+    }
+  }
+
   // An item is columns e and e + 4 of a group of eight (one 128-bit lane): bring the pairs together, then
   // transpose 16x16 dwords; dword d goes to vector (d % 4) ^ 1, item d / 4.
   static void pack_run(const uint16_t (*piece)[kRun], uint8_t* out, int64_t stride) {
@@ -133,39 +150,23 @@ struct Bf16Level {
     }
   }
 
-  // One of four look-ups, to be made in this order: 0, 2, 1, 3.
+  // The four look-ups are made in this order, because two share a mask; each gives the values of one of c = 0..3.
+  static constexpr int look_of(int quarter) { return quarter % 2 * 2 + quarter / 2; }
   template <Alignment kAlign, int kQuarter>
-  [[gnu::always_inline]] static void look_up(Look& l, uint8_t* out, int64_t stride) {
+  [[gnu::always_inline]] static __m512i look_up(Look& l) {
     l.index = kQuarter % 2 == 0 ? indices(l, kQuarter / 2) : _mm512_srli_epi16(l.index, 8);
-    constexpr int kLook = kQuarter % 2 * 2 + kQuarter / 2;
-    _mm512_store_si512(out + kLook * stride, pick<kAlign>(l, l.index));
+    return pick<kAlign>(l, l.index);
   }
-
-  template <Alignment kAlign>
-  [[gnu::always_inline]] static void dequantize_whole(const uint8_t* bytes, const float* absmax, int32_t phase,
-                                                      int shift, uint8_t* out, int64_t stride) {
-    __m512i values[4];
-    look_up_all<kAlign>(look<kAlign>(bytes, absmax, phase, shift), values);
-    for (int c = 0; c < 4; ++c) _mm512_store_si512(out + c * stride, values[c]);
+  template <Alignment kAlign, int kQuarter>
+  [[gnu::always_inline]] static void look_up(Look& l, uint8_t* out) {
+    _mm512_store_si512(out, look_up<kAlign, kQuarter>(l));
   }
-
-  template <Alignment kAlign>
-  [[gnu::always_inline]] static void dequantize_whole_pair(const uint8_t* even, const float* even_absmax,
-                                                           int32_t even_phase, const uint8_t* odd,
-                                                           const float* odd_absmax, int32_t odd_phase, int shift,
-                                                           uint8_t* const* out) {
-    const Look a = look<kAlign>(even, even_absmax, even_phase, shift);
-    const Look b = look<kAlign>(odd, odd_absmax, odd_phase, shift);
-    for (int c = 0; c < 2; ++c) {
-      __m512i index_a = indices(a, c), index_b = indices(b, c);
-      for (int q = c; q < 4; q += 2) {
-        const __m512i left = pick<kAlign>(a, index_a), right = pick<kAlign>(b, index_b);
-        _mm512_store_si512(out[2 * q], _mm512_unpacklo_epi16(left, right));
-        _mm512_store_si512(out[2 * q + 1], _mm512_unpackhi_epi16(left, right));
-        index_a = _mm512_srli_epi16(index_a, 8);
-        index_b = _mm512_srli_epi16(index_b, 8);
-      }
-    }
+  // Two rows of W as items of the contraction over rows.
+  template <Alignment kAlign, int kQuarter>
+  [[gnu::always_inline]] static void look_up_pair(Look& even, Look& odd, uint8_t* low, uint8_t* high) {
+    const __m512i a = look_up<kAlign, kQuarter>(even), b = look_up<kAlign, kQuarter>(odd);
+    _mm512_store_si512(low, _mm512_unpacklo_epi16(a, b));
+    _mm512_store_si512(high, _mm512_unpackhi_epi16(a, b));
   }
 
   // The four look-ups of a run: values[c] holds columns 4i + (c ^ 1), code * absmax rounded once to bfloat16.
