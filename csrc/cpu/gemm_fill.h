@@ -80,13 +80,20 @@ struct StripStep {
   };
   [[gnu::always_inline]] Where where(int64_t at) const {
     const int64_t i = at >> log_runs, r = at & ((1 << log_runs) - 1);
-    const int64_t here = flat + i * k + r * G::kRun, first = flat + i * k - lead;
     const uint8_t* bytes = packed + i * row_bytes + r * (G::kRun / 2);
     prefetch(bytes, ahead);
-    return {.bytes = bytes,
-            .absmax = absmax + i * absmax_stride + ((here >> shift) - (first >> shift)),
-            .phase = static_cast<int32_t>(here & ((int64_t{1} << shift) - 1)),
-            .to = strip + i * 64 + r * (G::kVectors * G::kStripBlockBytes)};
+    Where w = {.bytes = bytes,
+               .absmax = absmax + i * absmax_stride,
+               .phase = 0,
+               .to = strip + i * 64 + r * (G::kVectors * G::kStripBlockBytes)};
+    if constexpr (kAlign == Alignment::kHalves) {
+      w.absmax += lead / 64 + r * 2;
+    } else {
+      const int64_t first = flat + i * k, here = first + r * G::kRun;
+      w.absmax += (here >> shift) - ((first - lead) >> shift);
+      w.phase = static_cast<int32_t>(here & ((int64_t{1} << shift) - 1));
+    }
+    return w;
   }
   [[gnu::always_inline]] void operator()(int64_t at) const {
     State state;
@@ -99,7 +106,7 @@ struct StripStep {
   [[gnu::always_inline]] void quarter(int64_t at, State& state) const {
     if constexpr (kQuarter == 0) {
       const Where w = where(at);
-      state.look = L::template look<kAlign>(w.bytes, w.absmax, w.phase, shift);
+      state.look = L::template look<kAlign>(w.bytes, w.absmax, w.phase, kAlign == Alignment::kHalves ? 6 : shift);
       state.to = w.to;
     }
     L::template look_up<kAlign, kQuarter>(state.look, state.to + L::look_of(kQuarter) * G::kStripBlockBytes);
@@ -186,12 +193,32 @@ struct Fill : Gemm<L> {
     return next < row_bytes ? kBytes : kStripRows * row_bytes + next % kBytes - k / 2;
   }
 
+  // log2 of the columns that share a decoded scale of a strip: with blocks that end at halves of runs, every half
+  // has its own, so that addresses are linear.
+  static int scale_shift(const Nf4Weight& w) {
+    if (L::kOverlap && alignment_of(w) == Alignment::kHalves) return 6;
+    return __builtin_ctzll(static_cast<uint64_t>(w.blocksize));
+  }
+
+  // The scales of a row's columns [k0, k1) by scale_shift, zeros up to `room`.
+  static void decode_scales(const Nf4Weight& w, int64_t row, int64_t k0, int64_t k1, int64_t room, float* out) {
+    const int64_t begin = row * w.k + k0, end = row * w.k + k1 - 1, shift = scale_shift(w);
+    const int64_t first = begin / w.blocksize, last = end / w.blocksize;
+    L::decode_absmax(w.scales, nf4_dynamic_map(), first, last - first + 1, out);
+    const int64_t count = (end >> shift) - (begin >> shift) + 1;
+    if (int64_t{1} << shift < w.blocksize) {  // from the last on: the source of each lies at or before it
+      for (int64_t i = count - 1; i >= 0; --i)
+        out[i] = out[(((begin >> shift) + i) << shift) / w.blocksize - first];
+    }
+    for (int64_t i = count; i < room; ++i) out[i] = 0.0f;
+  }
+
   // Rows [row0, row0 + rows), contraction columns [k0, k0 + blocks * kPerVector). absmax: row i's decoded scales
   // from the block of column `absmax_k0` on, at absmax + i * absmax_stride.
   static void strip_of(const Nf4Weight& w, const float* absmax, int64_t absmax_stride, int64_t row0, int64_t rows,
                        int64_t k0, int64_t blocks, uint8_t* strip, int64_t absmax_k0) {
     const int64_t row_bytes = ceil_div(w.k, 2);
-    const int shift = __builtin_ctzll(static_cast<uint64_t>(w.blocksize));
+    const int shift = scale_shift(w);
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t row = row0 + i;
       const int64_t first_block = (row * w.k + absmax_k0) >> shift;
@@ -203,7 +230,7 @@ struct Fill : Gemm<L> {
         L::dequantize_run({.bytes = w.packed + row * row_bytes + k / 2,
                            .count = row_bytes - k / 2,
                            .absmax = absmax + i * absmax_stride + ((flat >> shift) - first_block),
-                           .phase = static_cast<int32_t>(flat & (w.blocksize - 1)),
+                           .phase = static_cast<int32_t>(flat & ((int64_t{1} << shift) - 1)),
                            .shift = shift},
                           out);
       }
@@ -226,7 +253,7 @@ struct Fill : Gemm<L> {
             .lead = k0 - absmax_k0,
             .ahead = next_strip(w, k0),
             .log_runs = blocks == 2 * kVectors ? 1 : 0,
-            .shift = __builtin_ctzll(static_cast<uint64_t>(w.blocksize))};
+            .shift = scale_shift(w)};
   }
 
   // Items [t0, t0 + 16 * blocks) of the contraction over rows, columns [k0, k0 + kRun).

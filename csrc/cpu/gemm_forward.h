@@ -69,7 +69,7 @@ struct Forward {
 
   int64_t absmax_stride() const {
     if constexpr (kQuantized) {
-      return plan.chunk_blocks * G::kPerVector / source.blocksize + 2 + kAbsmaxSlack;
+      return (plan.chunk_blocks * G::kPerVector >> Fill<L>::scale_shift(source)) + 2 + kAbsmaxSlack;
     } else {
       return 0;
     }
@@ -85,11 +85,8 @@ struct Forward {
     const int64_t k0 = at.chunk * plan.chunk_blocks * G::kPerVector;
     const int64_t k1 = min64(k, k0 + chunk_of(at) * G::kPerVector);
     for (int64_t i = 0; i < strip_rows(at); ++i) {
-      const int64_t row = strip * G::kStripRows + i;
-      const int64_t first = (row * k + k0) / source.blocksize, last = (row * k + k1 - 1) / source.blocksize;
-      float* to = scratch.absmax + i * absmax_stride();
-      L::decode_absmax(source.scales, nf4_dynamic_map(), first, last - first + 1, to);
-      for (int64_t b = last - first + 1; b < absmax_stride(); ++b) to[b] = 0.0f;  // for columns past k
+      Fill<L>::decode_scales(source, strip * G::kStripRows + i, k0, k1, absmax_stride(),
+                             scratch.absmax + i * absmax_stride());
     }
   }
 
