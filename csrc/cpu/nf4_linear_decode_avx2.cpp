@@ -332,6 +332,11 @@ void group_outputs(const Job& job, const Row* rows, int64_t n0, int count) {
   } else {
     float_pass<kIn>(job, rows, n0, count, sums);
   }
+  if constexpr (!kInteger) {
+    for (int o = 0; o < count; ++o) {
+      for (int i = 0; i < kIn; ++i) sums[o][i] = _mm256_mul_ps(sums[o][i], _mm256_set1_ps(rows[i].unit));
+    }
+  }
   for (int o = 0; o < count; ++o) {
     const void* lora_b = a.r == 0 ? nullptr : element_ptr(a.lora_b, (n0 + o) * a.r, a.lora_dtype);
     for (int64_t q = 0; q < a.r; q += 8) {

@@ -150,7 +150,10 @@ template <int kOut, int kIn, bool kWhole>
   for (int i = 0; i < kIn; ++i) {
     const int16_t* x = rows[i].integers + run * kRun;
     __m512i x_words[4];
-    for (int c = 0; c < 4; ++c) x_words[c] = _mm512_load_si512(x + c * 32);
+    for (int c = 0; c < 4; ++c) {
+      x_words[c] = _mm512_load_si512(x + c * 32);
+      asm("" : "+v"(x_words[c]));  // in a register: the compiler would load it again for every row of W
+    }
     // Row by row of W within each look-up: their sums do not wait for each other.
     __m512i dot[kOut];
     for (int o = 0; o < kOut; ++o) dot[o] = _mm512_setzero_si512();
@@ -206,16 +209,28 @@ void integer_pass(const Job& job, const Row* rows, int64_t n0, __m512 (&sums)[kO
   }
 }
 
+// The same in float32. Where no block ends inside the eight columns of a lane, their sum is scaled at once; else
+// every weight is.
 template <int kOut, int kIn>
 void float_pass(const Job& job, const Row* rows, int64_t n0, __m512 (&sums)[kOut][kIn]) {
   const Nf4Weight& w = job.a.weight;
   const float* map = nf4_dynamic_map();
   const int64_t bytes_per_row = ceil_div(w.k, 2);
+  const int64_t ahead = max64(8, kBytesAhead / bytes_per_row) * bytes_per_row;
   const int shift = __builtin_ctzll(static_cast<uint64_t>(w.blocksize));
   const __m128i shift_by = _mm_cvtsi32_si128(shift);
+  const bool whole_lanes = w.k % 8 == 0;
   const __m512 codes = _mm512_loadu_ps(kNf4Codes);
   const __m512i lane8 = _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
+  const auto place_of = [&](int32_t column) {
+    return _mm512_srl_epi32(_mm512_add_epi32(lane8, _mm512_set1_epi32(column)), shift_by);
+  };
+  const __m512i first_places = place_of(0);
   alignas(64) float scales[kOut][kMostScales];
+  __m512 local[kOut][kIn];
+  for (int o = 0; o < kOut; ++o) {
+    for (int i = 0; i < kIn; ++i) local[o][i] = sums[o][i];
+  }
   for (int64_t chunk = 0; chunk < job.runs; chunk += kChunkRuns) {
     const int64_t stop = min64(job.runs, chunk + kChunkRuns);
     int64_t first[kOut];
@@ -223,30 +238,49 @@ void float_pass(const Job& job, const Row* rows, int64_t n0, __m512 (&sums)[kOut
       first[o] = chunk_absmax<Avx512>(w, map, shift, n0 + o, chunk * kRun, min64(w.k, stop * kRun), scales[o]);
     }
     for (int64_t run = chunk; run < stop; ++run) {
+      __m512i words[kOut];
+      __m512 absmax[kOut];  // of the run's blocks, 5 at most
+      int32_t phase[kOut];
       for (int o = 0; o < kOut; ++o) {
-        const int64_t flat = (n0 + o) * w.k + run * kRun;
-        const auto phase = static_cast<int32_t>(flat & (w.blocksize - 1));
-        const __m512 absmax = _mm512_loadu_ps(scales[o] + ((flat >> shift) - first[o]));  // at most 5 are used
-        const __m512i words = _mm512_maskz_loadu_epi8(mask64(bytes_per_row - run * 64),
-                                                      w.packed + (n0 + o) * bytes_per_row + run * 64);
-        const bool whole_lanes = phase % 8 == 0;  // no block ends inside a lane's eight columns
-        __m512 scale = _mm512_setzero_ps();
-        if (whole_lanes) {
-          scale = _mm512_permutexvar_ps(
-              _mm512_srl_epi32(_mm512_add_epi32(lane8, _mm512_set1_epi32(phase)), shift_by), absmax);
-        }
+        const int64_t flat = (n0 + o) * w.k + run * kRun, left = bytes_per_row - run * 64;
+        const uint8_t* here = w.packed + (n0 + o) * bytes_per_row + run * 64;
+        __builtin_prefetch(here + ahead, 0, 2);
+        words[o] = left >= 64 ? _mm512_loadu_si512(here) : _mm512_maskz_loadu_epi8(mask64(left), here);
+        absmax[o] = _mm512_loadu_ps(scales[o] + ((flat >> shift) - first[o]));
+        phase[o] = static_cast<int32_t>(flat & (w.blocksize - 1));
+      }
+      const auto x_of = [&](int i, int c) { return _mm512_load_ps(rows[i].floats + run * kRun + c * 16); };
+      const auto code_of = [&](int o, int c) {
+        return _mm512_permutexvar_ps(c == 0 ? words[o] : _mm512_srli_epi32(words[o], 4 * c), codes);
+      };
+      if (whole_lanes) {
+        __m512 parts[kOut][kIn];
         for (int c = 0; c < 8; ++c) {
-          if (!whole_lanes) {
-            const __m512i place = _mm512_add_epi32(lane8, _mm512_set1_epi32(phase + (c ^ 1)));
-            scale = _mm512_permutexvar_ps(_mm512_srl_epi32(place, shift_by), absmax);
+          for (int o = 0; o < kOut; ++o) {
+            const __m512 code = code_of(o, c);
+            for (int i = 0; i < kIn; ++i) {
+              parts[o][i] =
+                  c == 0 ? _mm512_mul_ps(code, x_of(i, c)) : _mm512_fmadd_ps(code, x_of(i, c), parts[o][i]);
+            }
           }
-          const __m512 value = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * c), codes), scale);
-          for (int i = 0; i < kIn; ++i) {
-            sums[o][i] = _mm512_fmadd_ps(value, _mm512_load_ps(rows[i].floats + run * kRun + c * 16), sums[o][i]);
+        }
+        for (int o = 0; o < kOut; ++o) {
+          const __m512 scale = _mm512_permutexvar_ps(phase[o] == 0 ? first_places : place_of(phase[o]), absmax[o]);
+          for (int i = 0; i < kIn; ++i) local[o][i] = _mm512_fmadd_ps(parts[o][i], scale, local[o][i]);
+        }
+      } else {
+        for (int o = 0; o < kOut; ++o) {
+          for (int c = 0; c < 8; ++c) {
+            const __m512 scale = _mm512_permutexvar_ps(place_of(phase[o] + (c ^ 1)), absmax[o]);
+            const __m512 value = _mm512_mul_ps(code_of(o, c), scale);
+            for (int i = 0; i < kIn; ++i) local[o][i] = _mm512_fmadd_ps(value, x_of(i, c), local[o][i]);
           }
         }
       }
     }
+  }
+  for (int o = 0; o < kOut; ++o) {
+    for (int i = 0; i < kIn; ++i) sums[o][i] = _mm512_mul_ps(local[o][i], _mm512_set1_ps(rows[i].unit));
   }
 }
 
@@ -277,26 +311,42 @@ void output_rows(const Job& job, const Row* rows, int64_t n0) {
   }
 }
 
-// Rows of W [begin, end) against `count` rows of x, kOut of W at a time.
-template <int kIn, bool kInteger>
-void outputs_of(const Job& job, const Row* rows, int64_t begin, int64_t end) {
-  constexpr int kOut = kInteger ? (kIn == 1 ? 4 : 2) : (kIn == 1 ? 2 : 1);
-  int64_t n = begin;
-  for (; n + kOut <= end; n += kOut) output_rows<kOut, kIn, kInteger>(job, rows, n);
-  for (; n < end; ++n) output_rows<1, kIn, kInteger>(job, rows, n);
+template <int kOut, bool kInteger>
+void output_group(const Job& job, const Row* rows, int count, int64_t n0) {
+  switch (count) {
+    case 1: output_rows<kOut, 1, kInteger>(job, rows, n0); break;
+    case 2: output_rows<kOut, 2, kInteger>(job, rows, n0); break;
+    case 3: output_rows<kOut, 3, kInteger>(job, rows, n0); break;
+    case 4: output_rows<kOut, 4, kInteger>(job, rows, n0); break;
+    case 5:
+      if constexpr (kInteger) output_rows<kOut, 5, true>(job, rows, n0);
+      break;
+    default:
+      if constexpr (kInteger) output_rows<kOut, 6, true>(job, rows, n0);
+      break;
+  }
 }
 
+// Two rows of W (four for one row of x) against as many rows of x as the registers hold: 6 in integers, 4 in
+// floats. Looking up again what has just been brought to L1 is cheaper than spilling.
 template <bool kInteger>
 void Avx512::outputs(const Job& job, const Row* rows, int count, int64_t begin, int64_t end) {
-  switch (count) {
-    case 1: outputs_of<1, kInteger>(job, rows, begin, end); break;
-    case 2: outputs_of<2, kInteger>(job, rows, begin, end); break;
-    case 3: outputs_of<3, kInteger>(job, rows, begin, end); break;
-    case 4: outputs_of<4, kInteger>(job, rows, begin, end); break;
-    case 5: outputs_of<5, kInteger>(job, rows, begin, end); break;
-    case 6: outputs_of<6, kInteger>(job, rows, begin, end); break;
-    case 7: outputs_of<7, kInteger>(job, rows, begin, end); break;
-    default: outputs_of<8, kInteger>(job, rows, begin, end); break;
+  constexpr int kMost = kInteger ? 6 : 4;
+  const int64_t step = count == 1 ? 4 : 2;
+  const int some = count <= kMost ? count : (count + 1) / 2;
+  for (int64_t n = begin; n < end;) {
+    const int64_t now = n + step <= end ? step : 1;
+    for (int i = 0; i < count; i += some) {
+      const int these = count - i < some ? count - i : some;
+      if (now == 4) {
+        output_rows<4, 1, kInteger>(job, rows, n);
+      } else if (now == 2) {
+        output_group<2, kInteger>(job, rows + i, these, n);
+      } else {
+        output_group<1, kInteger>(job, rows + i, these, n);
+      }
+    }
+    n += now;
   }
 }
 

@@ -8,7 +8,7 @@
 // to bfloat16 costs 1.7e-3.
 //
 // Float route (float32 x, ragged shapes, rows of x that hold NaN, Inf or magnitudes an integer scale cannot
-// carry): code * absmax in float32, the dequantised weight itself, and FMA.
+// carry): float32 and FMA. A level may scale sums of code * x, or code * absmax.
 //
 // Everything sits in an anonymous namespace: each level compiles its own copy with its own flags.
 #pragma once
@@ -31,6 +31,7 @@ struct Row {
   const int16_t* integers;  // [run][L::kRun] in the order of the level's look-up, the integer route
   const float* scales;      // one for each kScaleColumns; a run's worth is readable beyond the last
   const float* floats;      // [run][L::kRun] in the order of the level's look-up, the float route
+  float unit;               // of `floats`
   const float* low_rank;    // [r_pad]: scaling * u
   int64_t index;            // row of y
 };
@@ -44,6 +45,7 @@ struct Job {
   uint8_t* scratch;
   int64_t row_bytes;  // of scratch, a row of x
   bool integer_row[kMaxRows];
+  float unit[kMaxRows];
 
   const void* x(int i) const { return element_ptr(a.x, (row0 + i) * a.weight.k, a.dtype); }
   // The two routes' forms of a row share one place: 4 bytes a column, 2 of them an integer's.
@@ -83,6 +85,23 @@ void chunk_scales(const Nf4Weight& w, const float* map, int shift, int64_t row, 
   for (int64_t i = 0; i < L::kAbsmaxSlack; ++i) out[count + i] = 0.0f;
 }
 
+// Divides a row by a power of two where its largest finite magnitude is far from 1, so that the float route may
+// sum products of x and codes before they are scaled by absmax; that power.
+inline float take_unit(float* x, int64_t count) {
+  uint32_t top = 0;
+  for (int64_t c = 0; c < count; ++c) {
+    const uint32_t bits = load_unaligned<uint32_t>(x + c) & 0x7fffffffu, finite = bits < 0x7f800000u ? bits : 0;
+    top = top > finite ? top : finite;
+  }
+  const int exponent = static_cast<int>(top >> 23) - 127;
+  if (top == 0 || (exponent >= -64 && exponent <= 64)) return 1.0f;
+  const uint32_t power = static_cast<uint32_t>(127 + (exponent < -96 ? -96 : (exponent > 96 ? 96 : exponent)))
+                         << 23;
+  const float unit = load_unaligned<float>(&power), inverse = 1.0f / unit;
+  for (int64_t c = 0; c < count; ++c) x[c] *= inverse;
+  return unit;
+}
+
 // x by rows, and u = x·lora_aᵀ one rank at a time for every row of x.
 template <class L>
 void first_phase(void* context, int64_t begin, int64_t end) {
@@ -94,7 +113,9 @@ void first_phase(void* context, int64_t begin, int64_t end) {
     }
     const int i = static_cast<int>(unit);
     job.integer_row[i] = job.a.dtype != DType::kFloat32 && job.blocks_aligned && L::split_integers(job, i);
-    if (!job.integer_row[i]) L::split_floats(job, i);
+    if (job.integer_row[i]) continue;
+    L::split_floats(job, i);
+    job.unit[i] = take_unit(job.floats(i), job.padded_k);
   }
 }
 
@@ -106,7 +127,7 @@ void second_phase(void* context, int64_t begin, int64_t end) {
   int integers = 0, reals = 0;
   for (int i = 0; i < job.rows; ++i) {
     Row& row = job.integer_row[i] ? integer[integers++] : real[reals++];
-    row = {job.integers(i), job.scales(i), job.floats(i), job.low_rank(i), job.row0 + i};
+    row = {job.integers(i), job.scales(i), job.floats(i), job.unit[i], job.low_rank(i), job.row0 + i};
   }
   if (integers > 0) L::template outputs<true>(job, integer, integers, begin, end);
   if (reals > 0) L::template outputs<false>(job, real, reals, begin, end);
@@ -131,7 +152,8 @@ Status decode_linear(const Nf4LinearArgs& a) {
             .blocks_aligned = a.weight.k % kScaleColumns == 0 && a.weight.blocksize % kScaleColumns == 0,
             .scratch = scratch,
             .row_bytes = row_bytes,
-            .integer_row = {}};
+            .integer_row = {},
+            .unit = {}};
     const bool compute_u = a.r > 0 && a.lora_a != nullptr;
     parallel_ranges(rows + (compute_u ? a.r : 0), a.threads, first_phase<L>, &job);
     for (int i = 0; i < rows; ++i) {
