@@ -61,7 +61,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--threads", type=_count, metavar="N", help="default: torch's")
     add("--peers", type=_listed(str), metavar="NAME,...", help="names or their beginnings; default: all")
     add("--rounds", type=_count, metavar="N", help="most timed calls of a contender at a size, default 25")
-    add("--seconds", type=float, metavar="S", help="about so long for a contender at a size, default 0.2")
+    add("--seconds", type=float, metavar="S", help="about so long for a contender at a size, default 0.12")
     caches = made.add_mutually_exclusive_group()
     caches.add_argument("--cold", action="store_true", help="empty the caches before every call (default)")
     caches.add_argument("--warm", action="store_true", help="call once before every timed call instead")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from _machine import last_level_cache_bytes
@@ -26,7 +27,7 @@ class Times:
 class Effort:
     """How long to measure one contender at one size: about `seconds`, within these numbers of rounds."""
 
-    seconds: float = 0.2
+    seconds: float = 0.12
     least: int = 3
     most: int = 25
 
@@ -49,22 +50,30 @@ class Flush:
         self._buffer.sum()
 
 
+def once(call: Callable[[], Any]) -> tuple[Any, float]:
+    """What the call returns, and its seconds."""
+    begin = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - begin
+
+
 def interleaved(
-    calls: list[Callable[[], object]], effort: Effort, flush: Callable[[], None] | None
+    calls: list[Callable[[], object]],
+    effort: Effort,
+    flush: Callable[[], None] | None,
+    first: list[float],
 ) -> list[Times]:
-    """Times every call in turns, after one untimed round that says how many rounds each gets.
+    """Times every call in turns. first: the seconds of a call of each, which say how many rounds it gets.
 
     A slow contender has fewer rounds than a fast one, spread evenly over the fast one's. flush: called before
     every timed call, as the other layers of a model would; without it each call is preceded by an untimed one
     of its own, so that it finds the caches as it left them.
     """
-    # The very first call pays for what later ones find ready (packed weights, libraries' own choices).
     rounds = []
-    for call in calls:
-        seconds = _timed(call)
-        if seconds < 0.1:
-            seconds = _timed(call)
-        rounds.append(effort.rounds(2 * seconds if flush is None else seconds + _FLUSH_SECONDS))
+    for call, seconds in zip(calls, first, strict=True):
+        # A first call pays for what later ones find ready: packed weights, libraries' own choices.
+        usual = once(call)[1] if seconds < 0.1 else seconds
+        rounds.append(effort.rounds(2 * usual if flush is None else usual + _FLUSH_SECONDS))
     total = max(rounds, default=0)
     kept: list[list[float]] = [[] for _ in calls]
     for turn in range(total):
@@ -75,14 +84,8 @@ def interleaved(
                 flush()
             else:
                 call()
-            times.append(_timed(call))
+            times.append(once(call)[1])
     return [percentiles(times) for times in kept]
-
-
-def _timed(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
 
 
 def percentiles(times: list[float]) -> Times:

@@ -135,6 +135,22 @@ def test_a_contender_that_cannot_do_a_case_says_why():
     assert absent == {"dense + LoRA (PEFT)": "PEFT has no adapter of rank 0"}
 
 
+def test_a_library_that_fails_at_a_size_is_named_and_ours_is_not_forgiven():
+    suites, peers = module("suites"), module("peers")
+    kinds, _ = peers.find(["dense", "fastlora"])
+    dense, ours = peers.build(kinds, module("_problem").Problem(64, 64, 4, "float32"))[0]
+    context = suites.Context(None, module("_timing").Effort(), None, 1, "scalar", frozenset())
+
+    def fail():
+        raise AssertionError("expected rows of 32")
+
+    able, results, _ = context.attempt([dense], lambda peer: fail)
+    assert (able, results) == ([], [])
+    assert context.absent == {"dense at 64x64": "expected rows of 32"}
+    with pytest.raises(AssertionError, match="rows of 32"):
+        context.attempt([ours], lambda peer: fail)
+
+
 def test_errors_are_those_of_float64_on_the_sampled_elements():
     problem = module("_problem").Problem(40, 24, 4, "float32")
 
@@ -205,11 +221,10 @@ def test_slow_contenders_get_fewer_rounds():
     def count(which):
         calls[which] += 1
 
-    times = timing.interleaved(
-        [lambda: count(0), lambda: count(1)], timing.Effort(1.0, 2, 4), flush=lambda: None
-    )
-    assert [t.rounds for t in times] == [4, 4]
-    assert calls == [6, 6]  # and two that are not counted
+    both = [lambda: count(0), lambda: count(1)]
+    times = timing.interleaved(both, timing.Effort(1.0, 2, 4), flush=lambda: None, first=[0.01, 10.0])
+    assert [t.rounds for t in times] == [4, 2]
+    assert calls == [5, 2]  # the fast one's first call is repeated before it is believed
 
 
 def test_the_default_selection_measures_every_target():
@@ -220,7 +235,8 @@ def test_the_default_selection_measures_every_target():
         measured = [c for c in measured if target.m in (None, c.m)]
         assert measured, target.work
         if target.suite in ("linear", "backward", "train") and target.unit != targets.WORST_ERROR:
-            assert {(c.n, c.k) for c in measured} >= set(targets.FIVE), target.work
+            if (target.dtype, target.m) != ("float32", 512):  # at the two smallest of the five only
+                assert {(c.n, c.k) for c in measured} >= set(targets.FIVE), target.work
             five = [c for c in measured if (c.n, c.k) in targets.FIVE]
             assert all(not target.peer or target.peer in c.peers for c in five), target.work
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import peers
 from _problem import Errors, Problem
-from _results import Row
+from _results import OURS, Row
 from _roofs import READ_ROWS, Roofs
-from _timing import Effort, Flush, Times, interleaved
+from _timing import Effort, Flush, Times, interleaved, once
 from peers import Peer
 
 NAMES = ("quantize", "linear", "backward", "train", "memory", "overhead")
@@ -78,8 +79,27 @@ class Context:
         self.absent.update({f"{k} at {problem.n}x{problem.k}": v for k, v in unable.items()})
         return built
 
-    def time(self, calls: list[Callable[[], object]]) -> list[Times]:
-        return interleaved(calls, self.effort, self.flush)
+    def attempt(
+        self, contenders: list[Peer], make: Callable[[Peer], Callable[[], Any]]
+    ) -> tuple[list[Peer], list[Any], Callable[[], list[Times]]]:
+        """Calls make(peer)() of each once. Returns the contenders that could, what they returned, and a
+        function that times them. Another library's error takes that contender out, named as absent."""
+        able, calls, results, seconds = [], [], [], []
+        for peer in contenders:
+            call = make(peer)
+            try:
+                result, first = once(call)
+            except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
+                if peer.name.startswith(OURS):
+                    raise
+                problem = peer.problem
+                self.absent[f"{peer.name} at {problem.n}x{problem.k}"] = str(error).partition("\n")[0]
+                continue
+            able.append(peer)
+            calls.append(call)
+            results.append(result)
+            seconds.append(first)
+        return able, results, lambda: interleaved(calls, self.effort, self.flush, seconds)
 
     def roof_of_layer(self, m: int, moved: int, flops: float, dtype: str) -> tuple[str, float] | None:
         """(name, seconds): reading for a few rows, arithmetic for many."""

@@ -37,11 +37,12 @@ def cases(plan: Plan) -> list[Case]:
 
 def run(case: Case, context: Context, problem: Problem) -> list[Row]:
     dy = problem.gradient(case.m)
-    contenders = context.peers(case.peers, "grad_input", problem)
-    calls = [partial(peer.grad_input, dy) for peer in contenders]
-    errors = [gradient_errors(peer, dy, call()) for peer, call in zip(contenders, calls, strict=True)]
+    able = context.peers(case.peers, "grad_input", problem)
+    contenders, found, measure = context.attempt(able, lambda peer: partial(peer.grad_input, dy))
+    errors = [gradient_errors(peer, dy, dx) for peer, dx in zip(contenders, found, strict=True)]
+    del found
     rows = []
-    for peer, times, error in zip(contenders, context.time(calls), errors, strict=True):
+    for peer, times, error in zip(contenders, measure(), errors, strict=True):
         moved = peer.weight_bytes() + peer.adapter_bytes() + case.m * (case.n + case.k) * dy.element_size()
         flops = 2.0 * case.m * (case.n * case.k + peer.rank * (case.n + case.k))
         roof = context.roof_of_layer(case.m, moved, flops, case.dtype)

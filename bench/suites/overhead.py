@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from _problem import Problem, relative
 from _results import Row
-from _timing import Effort, interleaved
+from _timing import Effort, interleaved, once
 from torch import Tensor, nn
 
 from fastlora import _C, QLinear, direct, isa
@@ -39,7 +39,8 @@ def run(case: Case, context: Context, problem: Problem) -> list[Row]:
         found = [one for one in found if one[2] is not None]  # the direct call, where torch is too old for it
         errors = [relative(y, x.double() @ weight.t()) for _, _, y, weight in found]
         calls = [partial(_many, call) for _, call, _, _ in found]
-        times = interleaved(calls, context.effort if context.effort.most < EFFORT.least else EFFORT, None)
+        effort = context.effort if context.effort.most < EFFORT.least else EFFORT
+        times = interleaved(calls, effort, None, [once(call)[1] for call in calls])
     return [
         Row(
             **case.labels(),

@@ -31,10 +31,10 @@ def cases(plan: Plan) -> list[Case]:
 
 
 def quantize(case: Case, context: Context, problem: Problem) -> list[Row]:
-    contenders = context.peers(case.peers, "quantize", problem)
-    times = context.time([peer.quantize for peer in contenders])
+    able = context.peers(case.peers, "quantize", problem)
+    contenders, _, measure = context.attempt(able, lambda peer: peer.quantize)
     rows = []
-    for peer, t in zip(contenders, times, strict=True):
+    for peer, t in zip(contenders, measure(), strict=True):
         read = problem.weight.numel() * problem.kind.itemsize
         stored, _ = peer.stored()
         total = relative(stored, sampled(problem, problem.weight)[0])
@@ -56,16 +56,18 @@ def quantize(case: Case, context: Context, problem: Problem) -> list[Row]:
 
 def dequantize(case: Case, context: Context, problem: Problem) -> list[Row]:
     into = case.op == INTO
-    contenders = context.peers(case.peers, "dequantize_into" if into else "dequantize", problem)
+    able = context.peers(case.peers, "dequantize_into" if into else "dequantize", problem)
     out = torch.empty(case.n, case.k, dtype=problem.kind)
-    calls = [partial(p.dequantize_into, out) if into else p.dequantize for p in contenders]
+    contenders, dense, measure = context.attempt(
+        able, lambda peer: partial(peer.dequantize_into, out) if into else peer.dequantize
+    )
     errors = []
-    for peer, call in zip(contenders, calls, strict=True):
-        found, _ = sampled(problem, call())
+    for peer, weight in zip(contenders, dense, strict=True):
+        found, _ = sampled(problem, weight)
         stored, _ = peer.stored()
         errors.append(Errors(relative(found, stored), relative(found, sampled(problem, problem.weight)[0])))
     rows = []
-    for peer, t, error in zip(contenders, context.time(calls), errors, strict=True):
+    for peer, t, error in zip(contenders, measure(), errors, strict=True):
         moved = peer.weight_bytes() + out.nbytes
         roof = context.roofs.of_copy(moved) if context.roofs else None
         rows.append(context.row(case, peer, t, moved=moved, flops=0, roof=roof, errors=error))

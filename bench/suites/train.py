@@ -27,24 +27,26 @@ def cases(plan: Plan) -> list[Case]:
 
 def run(case: Case, context: Context, problem: Problem) -> list[Row]:
     x, dy = problem.activation(case.m).requires_grad_(), problem.gradient(case.m)
-    contenders = [peer for peer in context.peers(case.peers, "step", problem) if peer.has_adapter]
-    errors = []
-    for peer in contenders:
+    able = [peer for peer in context.peers(case.peers, "step", problem) if peer.has_adapter]
+    for peer in able:
         peer.layer.train()
-        dx, da, db = peer.step(x, dy)
+    contenders, gradients, measure = context.attempt(able, lambda peer: partial(peer.step, x, dy))
+    errors = []
+    for peer, (dx, da, db) in zip(contenders, gradients, strict=True):
         assert da is not None
         assert db is not None
         found = gradient_errors(peer, dy, dx)
         worst = max(found.arithmetic, adapter_gradient_error(problem, x.detach(), dy, da, db))
         errors.append(replace(found, arithmetic=worst, composite=None))
-    calls = [partial(peer.step, x, dy) for peer in contenders]
+    del gradients
     rows = []
-    for peer, times, error in zip(contenders, context.time(calls), errors, strict=True):
+    for peer, times, error in zip(contenders, measure(), errors, strict=True):
         activations = case.m * (case.n + case.k) * x.element_size()
         moved = 2 * (peer.weight_bytes() + activations)
         # Both products of W, and the adapter's six: u, its share of y, v, its share of dx, dA, dB.
         flops = 4.0 * case.m * case.n * case.k + 6.0 * case.m * case.r * (case.n + case.k)
         roof = context.roof_of_layer(case.m, moved, flops, case.dtype)
         rows.append(context.row(case, peer, times, moved=moved, flops=flops, roof=roof, errors=error))
+    for peer in able:
         peer.layer.train(peer.training)
     return rows
