@@ -11,7 +11,7 @@ from torch import Tensor
 
 SCALING = 2.0  # of the low-rank term, everywhere
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_ROWS, _COLUMNS = 8, 192  # of the results that are checked: float64 over all of them would take minutes
+_ROWS, _COLUMNS = 48, 256  # of the results that are checked: float64 over all of them would take minutes
 
 
 @dataclass
@@ -53,8 +53,9 @@ class Problem:
 @dataclass(frozen=True)
 class Errors:
     """Relative Frobenius distances to float64: to the product with the weight as the contender stores it, to
-    that with the weight before quantisation, and of dequantise-to-bfloat16 + float32 product + one rounding
-    to the first of the two (None where the contender stores a dense weight)."""
+    that with the weight before quantisation, and of the composite to the first of the two (None where the
+    contender stores a dense weight): dequantise to bfloat16, products summed in float32, the adapter's inner
+    one rounded to x's dtype, and one rounding at the end."""
 
     arithmetic: float | None
     total: float
@@ -121,6 +122,7 @@ def _errors(
     exact = x64 @ stored.double() + low_rank
     composite = None
     if coded:
-        dense = x.float() @ stored.bfloat16().float() + (x.float() @ down) @ up
+        inner = (x.float() @ down).to(x.dtype).float()  # a layer hands it on in x's dtype
+        dense = x.float() @ stored.bfloat16().float() + inner @ up
         composite = relative(dense.to(x.dtype), exact)
     return Errors(relative(found, exact), relative(found, x64 @ original.double() + low_rank), composite)
