@@ -27,7 +27,7 @@ def cases(plan: Plan) -> list[Case]:
             for r in plan.ranks:
                 for m in plan.counts(ROWS if shape == SHAPES[0] else FIVE_ROWS):
                     names = (*BASE, *OTHERS)
-                    if plan.default and (shape != SHAPES[0] or m > 1024):
+                    if plan.default and (shape != SHAPES[0] or m not in (1, 16, 128, 1024)):
                         names = BASE
                     elif plan.default and m not in (16, 128):
                         names = (*BASE, *OTHERS[:-1])

@@ -54,7 +54,7 @@ def _names(shape: tuple[int, int], dtype: str, m: int) -> tuple[str, ...]:
     if dtype != "bfloat16":
         return BASE
     names = BASE + (VARIANTS if m in VARIANT_ROWS and shape in FIVE else ())
-    if shape == SHAPES[0]:
+    if shape == SHAPES[0] and m <= 1024:
         return names + tuple(name for name in OTHERS if name != SLOW or m in (1, 16, 128))
     return (*names, "bitsandbytes, eval mode") if m == 1 else names
 
