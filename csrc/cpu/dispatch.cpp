@@ -27,14 +27,14 @@ constexpr Level kLevels[kIsaCount] = {
 #ifdef FASTLORA_X86
     {nf4_quantize_avx2, nf4_dequantize_avx2, nf4_linear_avx2, nf4_linear_avx2, nf4_linear_decode_avx2, 8, 12,
      nf4_linear_grad_input_avx2, nf4_linear_grad_input_avx2},
-    {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_avx512, nf4_linear_decode_avx512, 8,
-     8, nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512},
+    {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_avx512, nf4_linear_decode_avx512,
+     12, 12, nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512},
     {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_avx512_bf16,
-     nf4_linear_decode_avx512, 8, 8, nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512_bf16},
-    {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_amx, nf4_linear_decode_avx512, 8, 8,
-     nf4_linear_grad_input_avx512, nf4_linear_grad_input_amx},
+     nf4_linear_decode_avx512, 12, 10, nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512_bf16},
+    {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_amx, nf4_linear_decode_avx512, 12,
+     8, nf4_linear_grad_input_avx512, nf4_linear_grad_input_amx},
     {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_amx_emulated,
-     nf4_linear_decode_avx512, 8, 8, nf4_linear_grad_input_avx512, nf4_linear_grad_input_amx_emulated},
+     nf4_linear_decode_avx512, 12, 8, nf4_linear_grad_input_avx512, nf4_linear_grad_input_amx_emulated},
 #endif
 };
 

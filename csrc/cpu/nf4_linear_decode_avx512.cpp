@@ -152,7 +152,8 @@ template <int kOut, int kIn, bool kWhole>
     __m512i x_words[4];
     for (int c = 0; c < 4; ++c) {
       x_words[c] = _mm512_load_si512(x + c * 32);
-      asm("" : "+v"(x_words[c]));  // in a register: the compiler would load it again for every row of W
+      // In a register, while there are enough: the compiler would load it again for every row of W.
+      if constexpr (kIn <= 6) asm("" : "+v"(x_words[c]));
     }
     // Row by row of W within each look-up: their sums do not wait for each other.
     __m512i dot[kOut];
@@ -314,26 +315,29 @@ void output_rows(const Job& job, const Row* rows, int64_t n0) {
 template <int kOut, bool kInteger>
 void output_group(const Job& job, const Row* rows, int count, int64_t n0) {
   switch (count) {
-    case 1: output_rows<kOut, 1, kInteger>(job, rows, n0); break;
-    case 2: output_rows<kOut, 2, kInteger>(job, rows, n0); break;
-    case 3: output_rows<kOut, 3, kInteger>(job, rows, n0); break;
-    case 4: output_rows<kOut, 4, kInteger>(job, rows, n0); break;
-    case 5:
-      if constexpr (kInteger) output_rows<kOut, 5, true>(job, rows, n0);
-      break;
-    default:
-      if constexpr (kInteger) output_rows<kOut, 6, true>(job, rows, n0);
-      break;
+    case 1: output_rows<kOut, 1, kInteger>(job, rows, n0); return;
+    case 2: output_rows<kOut, 2, kInteger>(job, rows, n0); return;
+    case 3: output_rows<kOut, 3, kInteger>(job, rows, n0); return;
+    case 4: output_rows<kOut, 4, kInteger>(job, rows, n0); return;
+    default: break;
+  }
+  if constexpr (kInteger) {
+    switch (count) {
+      case 5: output_rows<kOut, 5, true>(job, rows, n0); return;
+      case 6: output_rows<kOut, 6, true>(job, rows, n0); return;
+      case 7: output_rows<kOut, 7, true>(job, rows, n0); return;
+      default: output_rows<kOut, 8, true>(job, rows, n0); return;
+    }
   }
 }
 
-// Two rows of W (four for one row of x) against as many rows of x as the registers hold: 6 in integers, 4 in
+// Two rows of W (four for one row of x) against as many rows of x as the registers hold: 8 in integers, 4 in
 // floats. Looking up again what has just been brought to L1 is cheaper than spilling.
 template <bool kInteger>
 void Avx512::outputs(const Job& job, const Row* rows, int count, int64_t begin, int64_t end) {
-  constexpr int kMost = kInteger ? 6 : 4;
+  constexpr int kMost = kInteger ? 8 : 4;
   const int64_t step = count == 1 ? 4 : 2;
-  const int some = count <= kMost ? count : (count + 1) / 2;
+  const int passes = (count + kMost - 1) / kMost, some = (count + passes - 1) / passes;
   for (int64_t n = begin; n < end;) {
     const int64_t now = n + step <= end ? step : 1;
     for (int i = 0; i < count; i += some) {

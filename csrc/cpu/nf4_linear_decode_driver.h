@@ -20,7 +20,7 @@
 namespace fastlora::cpu {
 namespace {
 
-constexpr int kMaxRows = 8;
+constexpr int kMaxRows = 12;            // of x in one pass over W
 constexpr int64_t kScaleColumns = 64;   // of split x that share a scale
 constexpr float kXMax = 32767.0f;       // as fine as int32 allows: a lane sums 8 products, and
 constexpr float kCodeUnit = 8191.0f;    // 8 * 8191 * 32767 < 2^31
