@@ -130,21 +130,21 @@ struct PanelStep {
   int shift;
 
   // The scales of a run, where look_up_whole wants them.
-  [[gnu::always_inline]] void decode(int64_t at, float (&absmax)[4]) const {
+  [[gnu::always_inline]] void decode(int64_t at, float (&absmax)[3]) const {
     const int64_t first = at >> shift;
     if constexpr (kAlign == Alignment::kHalves) {
       absmax[0] = block_absmax(scales, map, first);
       absmax[1] = block_absmax(scales, map, (at + G::kRun / 2) >> shift);
     } else {
       const int64_t last = (at + G::kRun - 1) >> shift;
-      for (int64_t b = 0; b < 4; ++b) absmax[b] = block_absmax(scales, map, min64(first + b, last));
+      for (int64_t b = 0; b < 3; ++b) absmax[b] = block_absmax(scales, map, min64(first + b, last));
     }
   }
 
   // With halves the scales lie one a half, as if blocks of 64 began with the run.
   static constexpr bool kHalves = kAlign == Alignment::kHalves;
   [[gnu::always_inline]] typename L::Look look(const uint8_t* bytes, int64_t at) const {
-    float absmax[4];
+    float absmax[3];
     decode(at, absmax);
     const auto phase = static_cast<int32_t>(at & ((int64_t{1} << shift) - 1));
     return L::template look<kAlign>(bytes, absmax, kHalves ? 0 : phase, kHalves ? 6 : shift);

@@ -49,14 +49,13 @@ struct DenseRows {
 // How the blocks of absmax lie in the runs of a weight, if it is known to be simple for all of them.
 enum class Alignment {
   kHalves,  // a block ends only at a run's middle or end
-  kWords,   // up to four blocks a run; they end only between 16-bit words
+  kWords,   // up to three blocks a run; they end only between 16-bit words
   kAny,
 };
 
 inline Alignment alignment_of(const Nf4Weight& w) {
   if (w.k % 64 == 0 && w.blocksize >= 64) return Alignment::kHalves;
-  const bool four = w.blocksize >= 64 || w.k % w.blocksize == 0;
-  return w.k % 4 == 0 && four ? Alignment::kWords : Alignment::kAny;
+  return w.k % 4 == 0 && w.blocksize >= 64 ? Alignment::kWords : Alignment::kAny;
 }
 
 // What a multiply does with C: kKeep leaves it in the tiles from one visit to the next.

@@ -98,7 +98,7 @@ struct Bf16Level {
     __m512i index;
   };
 
-  template <Alignment kAlign>
+  template <Alignment kAlign, bool kFour = false>
   [[gnu::always_inline]] static Look look(__m512i words, const float* absmax, int32_t phase, int shift) {
     const __m512 codes = _mm512_loadu_ps(kNf4Codes);
     Look l;
@@ -112,9 +112,11 @@ struct Bf16Level {
       l.more = l.table;
       l.high = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(0x10), 1);
     } else {
-      // Up to four blocks, their borders between words: a table of 64 words, bits 4 and 5 name the block.
+      // Up to three blocks (four with kFour), their borders between words: a table of 64 words, bits 4 and 5 name
+      // the block.
       __m512 scaled[4];
-      for (int b = 0; b < 4; ++b) scaled[b] = _mm512_mul_ps(codes, _mm512_set1_ps(absmax[b]));
+      for (int b = 0; b < 3 + kFour; ++b) scaled[b] = _mm512_mul_ps(codes, _mm512_set1_ps(absmax[b]));
+      if constexpr (!kFour) scaled[3] = scaled[2];
       l.table = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scaled[1], scaled[0]));
       l.more = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(scaled[3], scaled[2]));
       const __m512i place =
@@ -179,7 +181,7 @@ struct Bf16Level {
     }
     const __m128i shift = _mm_cvtsi32_si128(run.shift);
     if (run.phase % 4 == 0 && (run.phase + 127) >> run.shift < 4) {
-      return look_up_all<Alignment::kWords>(look<Alignment::kWords>(words, run.absmax, run.phase, run.shift),
+      return look_up_all<Alignment::kWords>(look<Alignment::kWords, true>(words, run.absmax, run.phase, run.shift),
                                             values);
     }
     const __m512 scales = _mm512_loadu_ps(run.absmax);  // at most 5 of them are used

@@ -17,9 +17,9 @@ struct Bf16Pairs {
 struct Avx512Bf16 : Bf16Level, BroadcastMultiply<Bf16Pairs, Bf16Level::kStripRows> {
   static constexpr int64_t kGroup = 3;         // 8 rows x 3 panels: 24 accumulators
   static constexpr int64_t kStripBlocks = 8;   // 256 columns: a strip of 16 KiB
-  static constexpr int64_t kPanelBlocks = 4;   // 128 rows of W: 32 KiB of panels, 12 KiB a group
+  static constexpr int64_t kPanelBlocks = 8;   // 256 rows of W: 64 KiB of panels, 24 KiB a group
   static constexpr int64_t kForwardRows = 96;  // with k up to 4608 in one packed block
-  static constexpr int64_t kBackwardRows = 128;
+  static constexpr int64_t kBackwardRows = 96;
   static constexpr int64_t kPackedBytes = 864 << 10;
 };
 
