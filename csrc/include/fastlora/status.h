@@ -12,6 +12,7 @@ enum class Status : int32_t {
   kOutOfMemory = 2,       // a scratch buffer could not be allocated
   kUnsupportedLevel = 3,  // the forced level is not there on this machine
   kNotFinite = 4,         // nf4_quantize met NaN or Inf; the outputs are unspecified
+  kDeviceError = 5,       // a launch failed on the device; cuda_error() tells
 };
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };

@@ -1,0 +1,349 @@
+#include "intrinsics.h"
+
+#include <cmath>
+
+#include "machine.h"
+
+namespace fastlora::emulator {
+namespace {
+
+constexpr uint32_t kAll = 0xffffffffu;
+
+struct ShuffleSeat {
+  uint32_t value;
+  int source;
+  uint32_t result;
+};
+
+struct MatrixSeat {
+  const uint8_t* row;
+  uint32_t* out;
+  int count;
+  bool transposed;
+  Where at;
+};
+
+struct TileSeat {
+  Half kind;
+  float* d;
+  const uint32_t* a;
+  const uint32_t* b;
+};
+
+void check_aligned(const void* p, int bytes, Where at) {
+  if (reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) != 0) {
+    fault(at, "accesses " + std::to_string(bytes) + " bytes at an address that is no multiple of " + std::to_string(bytes));
+  }
+}
+
+void count(Access access, const void* p, int bytes, Where at) {
+  Thread& t = current();
+  t.block.grid.counters.add(access, at, t.block.linear * 32 + t.warp(), t.lane(), t.occurrence(access, at),
+                            reinterpret_cast<uintptr_t>(p), bytes);
+}
+
+uint16_t half_at(const uint32_t* registers, int index) {
+  return static_cast<uint16_t>(registers[index / 2] >> (16 * (index % 2)));
+}
+
+double value_of(Half kind, uint16_t h) {
+  return static_cast<double>(kind == Half::kBFloat16 ? bf16_to_float(h) : fp16_to_float(h));
+}
+
+void load_matrices(void* const (&payloads)[32], uint32_t) {
+  const auto& first = *static_cast<const MatrixSeat*>(payloads[0]);
+  uint16_t matrix[4][8][8];
+  for (int m = 0; m < first.count; ++m) {
+    for (int r = 0; r < 8; ++r) {
+      std::memcpy(matrix[m][r], static_cast<const MatrixSeat*>(payloads[m * 8 + r])->row, 16);
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    auto& seat = *static_cast<MatrixSeat*>(payloads[lane]);
+    for (int m = 0; m < first.count; ++m) {
+      const int major = lane / 4, minor = lane % 4 * 2;
+      const uint16_t low = seat.transposed ? matrix[m][minor][major] : matrix[m][major][minor];
+      const uint16_t high = seat.transposed ? matrix[m][minor + 1][major] : matrix[m][major][minor + 1];
+      seat.out[m] = low | (static_cast<uint32_t>(high) << 16);
+    }
+  }
+}
+
+void multiply_tiles(void* const (&payloads)[32], uint32_t) {
+  double a[16][16], b[16][8], d[16][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& seat = *static_cast<const TileSeat*>(payloads[lane]);
+    const int group = lane / 4, pair = lane % 4 * 2;
+    for (int i = 0; i < 8; ++i) {
+      a[group + i / 2 % 2 * 8][pair + i % 2 + i / 4 * 8] = value_of(seat.kind, half_at(seat.a, i));
+    }
+    for (int i = 0; i < 4; ++i) b[pair + i % 2 + i / 2 * 8][group] = value_of(seat.kind, half_at(seat.b, i));
+    for (int i = 0; i < 4; ++i) d[group + i / 2 * 8][pair + i % 2] = static_cast<double>(seat.d[i]);
+  }
+  for (int row = 0; row < 16; ++row) {
+    for (int column = 0; column < 8; ++column) {
+      for (int k = 0; k < 16; ++k) d[row][column] += a[row][k] * b[k][column];
+    }
+  }
+  for (int lane = 0; lane < 32; ++lane) {
+    auto& seat = *static_cast<TileSeat*>(payloads[lane]);
+    for (int i = 0; i < 4; ++i) {
+      seat.d[i] = static_cast<float>(d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
+    }
+  }
+}
+
+MemoryBarrier& barrier_at(uint64_t* barrier, Where at) {
+  Block& block = current().block;
+  const int64_t offset = reinterpret_cast<uint8_t*>(barrier) - block.shared.base();
+  const auto found = block.memory_barriers.find(offset);
+  if (found == block.memory_barriers.end()) fault(at, "uses an mbarrier that was not initialised");
+  return found->second;
+}
+
+}  // namespace
+
+int thread_index() { return current().index; }
+int thread_count() { return current().block.grid.shape.threads; }
+int block_index(int axis) { return current().block.index[axis]; }
+int block_count(int axis) { return current().block.grid.shape.grid[axis]; }
+void* shared_memory() { return current().block.shared.base(); }
+int64_t shared_bytes() { return current().block.shared.bytes(); }
+
+void sync_threads(Where at) { current().block.meet_block("a block barrier", 0, thread_count(), at); }
+void sync_named(int barrier, int threads, Where at) {
+  if (barrier < 1 || barrier > 15 || threads % 32 != 0) {
+    fault(at, "expects a named barrier 1..15 of whole warps, got barrier " + std::to_string(barrier) + " of " +
+                  std::to_string(threads) + " threads");
+  }
+  current().block.meet_block("a named barrier", barrier, threads, at);
+}
+void sync_warp(uint32_t lanes, Where at) {
+  current().block.meet_warp("a warp barrier", lanes, at, nullptr, nullptr, true);
+}
+void sync_grid(Where at) { current().block.meet_grid(at); }
+
+uint32_t shuffle(Shuffle kind, uint32_t value, int operand, uint32_t lanes, Where at) {
+  const int lane = current().lane();
+  int source = lane;
+  switch (kind) {
+    case Shuffle::kIndex: source = operand & 31; break;
+    case Shuffle::kXor: source = lane ^ operand; break;
+    case Shuffle::kUp: source = lane - operand < 0 ? lane : lane - operand; break;
+    case Shuffle::kDown: source = lane + operand > 31 ? lane : lane + operand; break;
+  }
+  if (source < 0 || source > 31) source = lane;
+  if ((lanes >> source & 1) == 0) fault(at, "shuffles from lane " + std::to_string(source) + ", which its mask lacks");
+  ShuffleSeat seat{value, source, 0};
+  current().block.meet_warp(
+      "a shuffle", lanes, at, &seat,
+      [](void* const (&payloads)[32], uint32_t present) {
+        for (int i = 0; i < 32; ++i) {
+          if ((present >> i & 1) == 0) continue;
+          auto& mine = *static_cast<ShuffleSeat*>(payloads[i]);
+          mine.result = static_cast<const ShuffleSeat*>(payloads[mine.source])->value;
+        }
+      },
+      false);
+  return seat.result;
+}
+
+uint32_t ballot(bool vote, uint32_t lanes, Where at) {
+  uint32_t seat = vote ? 1 : 0;
+  current().block.meet_warp(
+      "a vote", lanes, at, &seat,
+      [](void* const (&payloads)[32], uint32_t present) {
+        uint32_t votes = 0;
+        for (int i = 0; i < 32; ++i) {
+          if ((present >> i & 1) != 0) votes |= *static_cast<const uint32_t*>(payloads[i]) << i;
+        }
+        for (int i = 0; i < 32; ++i) {
+          if ((present >> i & 1) != 0) *static_cast<uint32_t*>(payloads[i]) = votes;
+        }
+      },
+      false);
+  return seat;
+}
+
+void touch_global(const void* p, int bytes, bool write, Where at) {
+  check_aligned(p, bytes, at);
+  Thread& t = current();
+  GlobalMemory& global = t.block.grid.global;
+  if (write) {
+    global.write(p, bytes, t.actor(), at);
+  } else {
+    global.read(p, bytes, t.actor(), at);
+  }
+  count(write ? Access::kGlobalStore : Access::kGlobalLoad, p, bytes, at);
+}
+
+void touch_shared(const void* p, int bytes, bool write, Where at) {
+  check_aligned(p, bytes, at);
+  Thread& t = current();
+  if (write) {
+    t.block.shared.write(p, bytes, t.actor(), at);
+  } else {
+    t.block.shared.read(p, bytes, t.actor(), at);
+  }
+  count(write ? Access::kSharedStore : Access::kSharedLoad, p, bytes, at);
+}
+
+void touch_atomic(const void* p, int bytes, Where at) {
+  check_aligned(p, bytes, at);
+  Thread& t = current();
+  if (t.block.shared.contains(p)) {
+    t.block.shared.atomic(p, bytes, t.actor(), at);
+  } else {
+    t.block.grid.global.atomic(p, bytes, t.actor(), at);
+  }
+}
+
+void copy_async(void* to, const void* from, int bytes, int valid, Where at) {
+  if ((bytes != 4 && bytes != 8 && bytes != 16) || valid < 0 || valid > bytes) {
+    fault(at, "copies " + std::to_string(valid) + " of " + std::to_string(bytes) + " bytes; expected 4, 8 or 16");
+  }
+  check_aligned(to, bytes, at);
+  Thread& t = current();
+  AsyncCopy copy{static_cast<uint8_t*>(to), {}, bytes, t.groups_committed, at};
+  if (valid > 0) {
+    check_aligned(from, bytes, at);
+    t.block.grid.global.read(from, valid, t.actor(), at);
+    std::memcpy(copy.data, from, static_cast<size_t>(valid));
+    count(Access::kGlobalLoad, from, bytes, at);
+  }
+  count(Access::kSharedStore, to, bytes, at);
+  t.block.shared.begin_copy(to, bytes, t.actor(), at);
+  t.copies.push_back(copy);
+}
+
+void copy_async_commit(Where) { ++current().groups_committed; }
+
+void copy_async_wait(int pending, Where at) {
+  Thread& t = current();
+  const int64_t landed = t.groups_committed - pending;  // groups below this number
+  std::vector<AsyncCopy> left;
+  for (const AsyncCopy& copy : t.copies) {
+    if (copy.group >= landed) {
+      left.push_back(copy);
+      continue;
+    }
+    t.block.shared.land_copy(copy.to, copy.bytes, t.actor(), at);
+    std::memcpy(copy.to, copy.data, static_cast<size_t>(copy.bytes));
+  }
+  t.copies = std::move(left);
+}
+
+void load_matrix(uint32_t* out, int matrices, bool transposed, const void* row, Where at) {
+  Thread& t = current();
+  if (t.lane() < matrices * 8) {
+    check_aligned(row, 16, at);
+    t.block.shared.read(row, 16, t.actor(), at);
+  }
+  MatrixSeat seat{static_cast<const uint8_t*>(row), out, matrices, transposed, at};
+  t.block.meet_warp(
+      "ldmatrix", kAll, at, &seat,
+      [](void* const (&payloads)[32], uint32_t lanes) {
+        const auto& first = *static_cast<const MatrixSeat*>(payloads[0]);
+        for (int m = 0; m < first.count; ++m) {
+          std::array<uint64_t, 8> rows;
+          for (size_t r = 0; r < 8; ++r) {
+            rows[r] = reinterpret_cast<uintptr_t>(static_cast<const MatrixSeat*>(payloads[static_cast<size_t>(m) * 8 + r])->row);
+          }
+          current().block.grid.counters.add_matrix(first.at, rows);
+        }
+        load_matrices(payloads, lanes);
+      },
+      false);
+}
+
+void multiply_tile(Half kind, float* d, const uint32_t* a, const uint32_t* b, Where at) {
+  TileSeat seat{kind, d, a, b};
+  current().block.meet_warp("mma", kAll, at, &seat, multiply_tiles, false);
+}
+
+void memory_barrier_init(uint64_t* barrier, int count, Where at) {
+  check_aligned(barrier, 8, at);
+  Thread& t = current();
+  t.block.shared.write(barrier, 8, t.actor(), at);
+  const size_t threads = t.block.threads.size();
+  t.block.memory_barriers[reinterpret_cast<uint8_t*>(barrier) - t.block.shared.base()] = {
+      count, count, 0, std::vector<Moment>(threads), std::vector<Moment>(threads)};
+}
+
+void memory_barrier_arrive(uint64_t* barrier, Where at) {
+  Thread& t = current();
+  MemoryBarrier& b = barrier_at(barrier, at);
+  t.block.shared.atomic(barrier, 8, t.actor(), at);
+  for (size_t i = 0; i < b.arrived.size(); ++i) b.arrived[i] = std::max(b.arrived[i], t.clock.moments()[i]);
+  t.clock.tick();
+  if (--b.pending == 0) {
+    b.pending = b.expected;
+    ++b.phase;
+    b.passed = b.arrived;
+  }
+}
+
+void memory_barrier_wait(uint64_t* barrier, int parity, Where at) {
+  Thread& t = current();
+  MemoryBarrier& b = barrier_at(barrier, at);
+  // Over once the phase of that parity has ended: the current phase then has the other one.
+  t.block.wait_until("an mbarrier", [&b, parity] { return b.phase % 2 != parity; }, at);
+  t.clock.join(b.passed);
+}
+
+float bf16_to_float(uint16_t h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+uint16_t float_to_bf16(float f) {
+  if (std::isnan(f)) return 0x7fff;  // as the device's cvt has it
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+float fp16_to_float(uint16_t h) {
+  const int exponent = h >> 10 & 31, mantissa = h & 1023;
+  float f;
+  if (exponent == 31) {
+    f = mantissa == 0 ? INFINITY : NAN;
+  } else if (exponent == 0) {
+    f = std::ldexp(static_cast<float>(mantissa), -24);
+  } else {
+    f = std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
+  }
+  return (h & 0x8000) != 0 ? -f : f;
+}
+
+uint16_t float_to_fp16(float f) {
+  const uint16_t sign = std::signbit(f) ? 0x8000 : 0;
+  if (std::isnan(f)) return 0x7fff;
+  const double magnitude = std::fabs(static_cast<double>(f));
+  if (magnitude >= 65520.0) return sign | 0x7c00;
+  int exponent = 0;
+  std::frexp(magnitude, &exponent);                  // magnitude = 0.1... x 2^exponent
+  const int step = std::max(exponent - 11, -24);     // the last place has 2^step
+  const double places = std::nearbyint(std::ldexp(magnitude, -step));  // to nearest even
+  const double rounded = std::ldexp(places, step);
+  if (rounded < 6.103515625e-05) return sign | static_cast<uint16_t>(std::ldexp(rounded, 24));
+  std::frexp(rounded, &exponent);
+  const auto mantissa = static_cast<uint16_t>(std::ldexp(rounded, 11 - exponent) - 1024.0);
+  return sign | static_cast<uint16_t>((exponent + 14) << 10) | mantissa;
+}
+
+uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t bytes = (static_cast<uint64_t>(b) << 32) | a;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t nibble = selector >> (4 * i) & 15;
+    auto byte = static_cast<uint32_t>(bytes >> (8 * (nibble & 7)) & 255);
+    if ((nibble & 8) != 0) byte = (byte & 128) != 0 ? 255 : 0;
+    out |= byte << (8 * i);
+  }
+  return out;
+}
+
+}  // namespace fastlora::emulator

@@ -1,0 +1,32 @@
+// Launching a kernel on the emulated device, and what a test may ask of it.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "counters.h"
+
+namespace fastlora::emulator {
+
+// Memory a kernel may touch: exactly these bytes, and a write only where `writable`.
+void add_buffer(const void* base, int64_t bytes, bool writable, const std::string& name);
+void remove_buffer(const void* base);
+
+// The order in which threads and blocks run. Every fault's report ends with it.
+void set_seed(uint64_t seed);
+
+// Counts of every launch since the last call.
+std::vector<LineCount> take_counts();
+
+// Runs body() as every thread of the grid. False after a fault: last_fault() tells, and no launch runs until it has
+// been asked, as a CUDA error stays with its context.
+bool launch(const char* kernel, const int (&grid)[3], int threads, int64_t shared_bytes, bool cooperative,
+            const std::function<void()>& body);
+std::string take_fault();
+
+// Streams order launches and the filling of memory only; the emulated device does each at once.
+bool fill_zero(void* base, int64_t bytes);
+
+}  // namespace fastlora::emulator
