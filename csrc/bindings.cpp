@@ -2,6 +2,9 @@
 // ops.py has checked every size against the tensor an address came from.
 #include <pybind11/pybind11.h>
 
+#ifdef FASTLORA_WITH_CUDA
+#include "bindings_cuda.h"
+#endif
 #include "fastlora/cpu.h"
 #include "fastlora/lora_dropout.h"
 #include "fastlora/nf4.h"
@@ -135,6 +138,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("scratch_bytes", [] { return scratch_bytes(); });
   m.attr("isa_count") = kIsaCount;
 #ifdef FASTLORA_WITH_CUDA
+  py::module_ cuda = m.def_submodule("cuda", "the same on addresses of a CUDA device");
+  bind_cuda(cuda);
   m.attr("cuda_built") = true;
 #else
   m.attr("cuda_built") = false;

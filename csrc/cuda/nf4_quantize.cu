@@ -306,7 +306,7 @@ FASTLORA_DEVICE void ragged_codes(const QuantizeArgs& args) {
 enum class Walk { kAligned, kFlat, kRagged };
 
 template <DType D, Walk kWalk>
-FASTLORA_KERNEL(kThreads, 4)
+FASTLORA_KERNEL(kThreads, 3)
 quantize(FASTLORA_PARAMETER QuantizeArgs args) {
   fill_cells(args);
   Sum sum;

@@ -1,0 +1,19 @@
+// The module _emulator, for tests: the CUDA entry points as _C.cuda has them, run by the emulator, and its controls.
+#include <pybind11/pybind11.h>
+
+#include "bindings_cuda.h"
+#include "launch.h"
+
+namespace py = pybind11;
+using namespace fastlora;
+
+PYBIND11_MODULE(_emulator, m) {
+  m.doc() = "fastlora's CUDA kernels on an emulated device; for tests";
+  bind_cuda(m);
+  m.def("add_buffer", [](uintptr_t base, int64_t bytes, bool writable, const std::string& name) {
+    emulator::add_buffer(reinterpret_cast<const void*>(base), bytes, writable, name);
+  });
+  m.def("remove_buffer", [](uintptr_t base) { emulator::remove_buffer(reinterpret_cast<const void*>(base)); });
+  m.def("set_seed", &emulator::set_seed);
+  m.def("take_fault", &emulator::take_fault);
+}
