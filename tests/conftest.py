@@ -1,5 +1,6 @@
 """Fixtures that every test file shares."""
 
+import devices
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
 
 # The levels with a quantise and a dequantise of their own; the higher ones take avx512's.
 FORMAT_LEVELS = LEVELS[:3]
+DEVICES = ("cuda_emulated", "cuda")
 
 
 @pytest.fixture(params=LEVELS)
@@ -17,10 +19,14 @@ def isa(request):
     yield from _forced(request)
 
 
-@pytest.fixture(params=FORMAT_LEVELS)
+@pytest.fixture(params=FORMAT_LEVELS + DEVICES)
 def format_isa(request):
-    """The same, over the levels that differ in the format's kernels."""
-    yield from _forced(request)
+    """The same, over the levels that differ in the format's kernels, and over the devices that have them."""
+    if request.param in DEVICES:
+        with devices.device(request.param):
+            yield request.param
+    else:
+        yield from _forced(request)
 
 
 def _forced(request):

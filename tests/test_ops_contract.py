@@ -40,7 +40,7 @@ def grad_input_args(case: Case | None = None) -> dict:
 
 
 def quantize_args() -> dict:
-    return {"weight": torch.randn(5, 123), "blocksize": 64, "double_quant": True}
+    return {"weight": torch.randn(5, 123), "blocksize": 64, "double_quant": True, "check_finite": True}
 
 
 def dequantize_args() -> dict:

@@ -167,7 +167,9 @@ def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.equal(a, b.to(a.device))
 
 
-def quantize_nf4(weight: Tensor, *, blocksize: int = 64, double_quant: bool = True) -> NF4Weight:
+def quantize_nf4(
+    weight: Tensor, *, blocksize: int = 64, double_quant: bool = True, check_finite: bool = True
+) -> NF4Weight:
     """Quantise a tensor to 4-bit NormalFloat.
 
     Args:
@@ -175,6 +177,8 @@ def quantize_nf4(weight: Tensor, *, blocksize: int = 64, double_quant: bool = Tr
             contiguous or not. It is not changed, and no gradient flows.
         blocksize: weights that share one scale: 32, 64, 128, 256, 512, 1024, 2048 or 4096.
         double_quant: store the scales in 8 bits (0.127 bits a weight at blocksize 64, instead of 0.5).
+        check_finite: look for NaN and Inf. On a CUDA device that waits for the kernel, and a CUDA graph cannot
+            capture it; without it a weight that holds one gives an unspecified result.
 
     Raises:
         TypeError: not a tensor, or another dtype.
@@ -184,5 +188,5 @@ def quantize_nf4(weight: Tensor, *, blocksize: int = 64, double_quant: bool = Tr
     if not isinstance(weight, Tensor):
         raise TypeError(f"quantize_nf4: expected a torch.Tensor, got {type(weight).__name__}")
     weight = weight.detach()
-    packed, scales, nested = torch.ops.fastlora.nf4_quantize(weight, blocksize, double_quant)
+    packed, scales, nested = torch.ops.fastlora.nf4_quantize(weight, blocksize, double_quant, check_finite)
     return NF4Weight(packed, scales, nested if double_quant else None, weight.shape, weight.dtype, blocksize)

@@ -16,13 +16,14 @@ Storage conventions shared by all ops (see fastlora/nf4.h):
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 
-from . import _C, checks
+from . import _C, checks, cuda
 from .checks import DTYPE_CODE, NESTED_BLOCKSIZE, block_count
 from .isa import level
 
@@ -35,6 +36,7 @@ _STATUS = {
 }
 _NOT_FINITE = 4
 
+_CPU = torch.device("cpu")
 _lib = torch.library.Library("fastlora", "DEF")
 
 
@@ -48,17 +50,26 @@ def _raise_freed(op: str, t: Tensor) -> NoReturn:
     )
 
 
-def define(schema: str, outputs: Callable[..., Outputs], kernel: Callable[..., int]) -> None:
+#: op -> its implementation on a CUDA device (cuda.Device) from that device and the op's arguments.
+CUDA_OPS: dict[str, Callable[..., Any]] = {}
+
+
+def define(
+    schema: str,
+    outputs: Callable[..., Outputs],
+    kernel: Callable[..., int],
+    cuda_kernel: Callable[..., int] | None = None,
+) -> None:
     """Register an op. `kernel` gets the arguments, tensors made contiguous, then the outputs, and returns a
-    status."""
+    status; `cuda_kernel` gets a cuda.Device first."""
     op = schema.split("(", 1)[0]
 
     def pack(out: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
         return out[0] if len(out) == 1 else tuple(out)
 
-    def cpu(*args: Any) -> Tensor | tuple[Tensor, ...]:
+    def run(run_kernel: Callable[..., int], device: torch.device, args: tuple) -> Tensor | tuple[Tensor, ...]:
         # Sizes as separate arguments: parsed in half the time of a tuple. Torch refuses none at all.
-        out = [torch.empty(*(shape or ((),)), dtype=dtype) for shape, dtype in outputs(*args)]
+        out = [torch.empty(*(shape or ((),)), dtype=dtype, device=device) for shape, dtype in outputs(*args)]
         contiguous = list(args)  # a list, because an address keeps no copy alive
         for i in tensors:
             t = args[i]
@@ -66,17 +77,29 @@ def define(schema: str, outputs: Callable[..., Outputs], kernel: Callable[..., i
                 if not t.data_ptr() and t.numel():
                     _raise_freed(op, t)
                 contiguous[i] = t.contiguous()
-        status = kernel(*contiguous, *out)
+        status = run_kernel(*contiguous, *out)
         if status:
             kind, text = _STATUS.get(status, (RuntimeError, f"status {status}"))
             raise kind(f"{op}: {text}")
         return pack(out)
 
-    def cuda(*args: Any) -> NoReturn:
-        raise RuntimeError(
-            f"{op}: expected CPU tensors, got CUDA ones; this build of fastlora holds no CUDA kernels "
-            "(`python -m fastlora info` says what was built)"
-        )
+    def cpu(*args: Any) -> Tensor | tuple[Tensor, ...]:
+        return run(kernel, _CPU, args)
+
+    def on_device(device: cuda.Device, *args: Any) -> Tensor | tuple[Tensor, ...]:
+        if device.kernels is None:
+            raise RuntimeError(
+                f"{op}: expected CPU tensors, got CUDA ones; this build of fastlora holds no CUDA kernels: install "
+                "nvcc (pip install nvidia-cuda-nvcc nvidia-cuda-cccl) and build it again (`python -m fastlora info` "
+                "says what was built)"
+            )
+        if cuda_kernel is None:
+            raise RuntimeError(f"{op}: expected CPU tensors, got CUDA ones, for which this op has no kernel yet")
+        return run(partial(cuda_kernel, device), args[0].device, args)
+
+    def on_cuda(*args: Any) -> Tensor | tuple[Tensor, ...]:
+        with torch.cuda.device(args[0].device):
+            return on_device(cuda.Device(), *args)
 
     def fake(*args: Any) -> Tensor | tuple[Tensor, ...]:
         return pack([args[0].new_empty(shape, dtype=dtype) for shape, dtype in outputs(*args)])
@@ -86,14 +109,15 @@ def define(schema: str, outputs: Callable[..., Outputs], kernel: Callable[..., i
     tensors = [i for i, a in enumerate(arguments) if str(a.type) in {"Tensor", "Optional[Tensor]"}]
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     _lib.impl(op, cpu, "CPU")
-    _lib.impl(op, cuda, "CUDA")
+    _lib.impl(op, on_cuda, "CUDA")
+    CUDA_OPS[op] = on_device
     torch.library.register_fake(f"fastlora::{op}", fake, lib=_lib)
 
 
 # --- the format -------------------------------------------------------------------------------------------
 
 
-def _quantize_outputs(weight: Tensor, blocksize: int, double_quant: bool) -> Outputs:
+def _quantize_outputs(weight: Tensor, blocksize: int, double_quant: bool, check_finite: bool) -> Outputs:
     checks.check_float("nf4_quantize", "weight", weight)
     checks.check_blocksize("nf4_quantize", blocksize)
     if weight.dim() < 1:
@@ -107,19 +131,27 @@ def _quantize_outputs(weight: Tensor, blocksize: int, double_quant: bool) -> Out
 
 
 def _quantize(
-    weight: Tensor, blocksize: int, double_quant: bool, packed: Tensor, scales: Tensor, nested: Tensor
-) -> int:
+    weight: Tensor, blocksize: int, double_quant: bool, check_finite: bool, packed: Tensor, scales: Tensor,
+    nested: Tensor,
+) -> int:  # fmt: skip
     cols, blocks, threads = weight.shape[-1], block_count(weight.numel(), blocksize), torch.get_num_threads()
     absmax = torch.empty(blocks, dtype=torch.float32) if double_quant else scales
     status = _C.nf4_quantize(
         weight.data_ptr(), DTYPE_CODE[weight.dtype], prod(weight.shape[:-1]), cols, blocksize,
         packed.data_ptr(), absmax.data_ptr(), threads, level(),
     )  # fmt: skip
+    if status == _NOT_FINITE and check_finite:
+        _raise_not_finite(weight)
+    if status not in (0, _NOT_FINITE) or not double_quant:
+        return 0 if status == _NOT_FINITE else status
+    return _C.nf4_double_quantize(absmax.data_ptr(), blocks, scales.data_ptr(), nested.data_ptr(), threads)
+
+
+def _quantize_cuda(device: cuda.Device, weight: Tensor, *args: Any) -> int:
+    status = cuda.quantize(device, weight, *args)
     if status == _NOT_FINITE:
         _raise_not_finite(weight)
-    if status or not double_quant:
-        return status
-    return _C.nf4_double_quantize(absmax.data_ptr(), blocks, scales.data_ptr(), nested.data_ptr(), threads)
+    return status
 
 
 def _raise_not_finite(weight: Tensor) -> NoReturn:
@@ -133,10 +165,11 @@ def _raise_not_finite(weight: Tensor) -> NoReturn:
 
 
 define(
-    "nf4_quantize(Tensor weight, int blocksize, bool double_quant) -> "
+    "nf4_quantize(Tensor weight, int blocksize, bool double_quant, bool check_finite) -> "
     "(Tensor packed, Tensor scales, Tensor nested)",
     _quantize_outputs,
     _quantize,
+    _quantize_cuda,
 )
 
 
@@ -162,7 +195,12 @@ def _decode_absmax(scales: Tensor, nested: Tensor | None, absmax: Tensor) -> int
     )
 
 
-define("nf4_decode_absmax(Tensor scales, Tensor? nested) -> Tensor", _decode_absmax_outputs, _decode_absmax)
+define(
+    "nf4_decode_absmax(Tensor scales, Tensor? nested) -> Tensor",
+    _decode_absmax_outputs,
+    _decode_absmax,
+    cuda.decode_absmax,
+)
 
 
 def _dequantize_outputs(
@@ -191,6 +229,7 @@ define(
     "-> Tensor",
     _dequantize_outputs,
     _dequantize,
+    cuda.dequantize,
 )
 
 

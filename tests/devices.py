@@ -1,0 +1,84 @@
+"""Other places for an op to run in: the emulated device, and a real one. While either is in force, CPU tensors given
+to the ops that have a CUDA kernel go there and back, so that a test of the op is a test of that kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastlora import _C, cuda, ops
+
+try:
+    from fastlora import _emulator
+except ImportError:
+    _emulator = None
+
+#: The ops with CUDA kernels, which is what goes to a device.
+OPS = ("nf4_quantize", "nf4_decode_absmax", "nf4_dequantize")
+
+
+class EmulatedDevice(cuda.Device):
+    """Runs the kernels of csrc/cuda in csrc/emulator: each may touch exactly the tensors of its call."""
+
+    kernels = _emulator
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def call(
+        self, kernel: str, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None], *numbers: int
+    ) -> int:
+        self.seed += 1
+        _emulator.set_seed(self.seed)
+        registered = []
+        for tensors, writable in ((inputs, False), (outputs, True)):
+            for i, t in enumerate(tensors):
+                if t is not None and t.numel():
+                    _emulator.add_buffer(t.data_ptr(), t.nbytes, writable, f"{'output' if writable else 'input'} {i}")
+                    registered.append(t.data_ptr())
+        try:
+            return super().call(kernel, inputs, outputs, *numbers)
+        finally:
+            for address in registered:
+                _emulator.remove_buffer(address)
+
+    def stream(self) -> int:
+        return 0
+
+    def capturing(self) -> bool:
+        return False
+
+
+def _on_cuda(op: Callable[..., Any]) -> Callable[..., Any]:
+    def moved(value: Any, device: str) -> Any:
+        if isinstance(value, tuple):
+            return tuple(moved(v, device) for v in value)
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return lambda *args: moved(op(*moved(args, "cuda")), "cpu")
+
+
+@contextmanager
+def device(name: str, seed: int = 1) -> Iterator[None]:
+    """`cuda_emulated` or `cuda`; skips the test, with the reason, where it cannot be had."""
+    if name == "cuda_emulated":
+        if _emulator is None:
+            pytest.skip("this build holds no emulator (FASTLORA_EMULATOR=OFF)")
+        emulated = EmulatedDevice(seed)
+        made = {op: lambda *args, op=op: ops.CUDA_OPS[op](emulated, *args) for op in OPS}
+    else:
+        if not _C.cuda_built:
+            pytest.skip("this build holds no CUDA kernels")
+        if not torch.cuda.is_available():
+            pytest.skip("torch found no CUDA device")
+        made = {op: _on_cuda(getattr(torch.ops.fastlora, op)) for op in OPS}
+    cuda._dynamic_map(torch.device("cpu"))  # which an op makes: before they are replaced
+    with pytest.MonkeyPatch.context() as patch:
+        for op, function in made.items():
+            patch.setattr(torch.ops.fastlora, op, function)
+        yield
