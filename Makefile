@@ -2,10 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+CUDA_ARCHS ?= 90a
+OUT ?= gpu_check
 
 BIN := $(VENV)/bin
-SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h')
-CPP := $(shell find csrc -name '*.cpp' -o -name '*.h')
+# What tests and benchmarks need beside the package: the emulated device, the machine's roofs, one CUDA architecture.
+DEVELOPER := $(foreach it,FASTLORA_BENCH=ON FASTLORA_EMULATOR=ON FASTLORA_CUDA_ARCHS=$(CUDA_ARCHS),--config-settings=cmake.define.$(it))
+CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := CMakeLists.txt pyproject.toml $(CPP)
 LINTED := python tests bench examples
 
 # Every pip call sees the tested versions, those of isolated builds included (newer pips read the second name
@@ -15,10 +19,10 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format sanitize bench build clean
+.PHONY: help venv demo test lint format sanitize bench build clean cuda-check gpu-check
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 	@echo "  Variables: PYTHON=python3 (3.10 or newer), VENV=.venv, ARGS='...' (passed to demo, test and bench)"
 
 # --- the environment: tools and torch once, the package again whenever a source changes ---------------------
@@ -31,7 +35,7 @@ $(VENV)/.tools: constraints.txt
 
 # Editable: Python sources are read from python/, the module _C is built in build/venv and lives in the venv.
 $(VENV)/.package: $(VENV)/.tools $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --config-settings=build-dir=build/venv --config-settings=cmake.define.FASTLORA_BENCH=ON --editable '.[test,demo,bench,lint]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --config-settings=build-dir=build/venv $(DEVELOPER) --editable '.[test,demo,bench,lint]'
 	@touch $@
 
 venv: $(VENV)/.package ## create .venv, install the tested versions, build the package
@@ -62,10 +66,16 @@ sanitize: $(VENV)/.tools ## the kernels under AddressSanitizer and UBSan
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFASTLORA_PYTHON=OFF -DFASTLORA_TESTS=ON -DFASTLORA_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitize
-	ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 build/sanitize/kernel_tests
+	export ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1; \
+	  build/sanitize/kernel_tests && build/sanitize/emulator_tests
 
 bench: $(VENV)/.package ## measure this machine; writes bench/results/
 	$(BIN)/python bench/run.py --save bench/results $(ARGS)
+
+# nvcc is found on PATH, in CUDA_HOME or among PyPI's wheels; without one there is nothing to check.
+cuda-check: $(VENV)/.package ## what nvcc made of every CUDA kernel: spills, registers, instructions
+	@$(BIN)/python -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(BIN)/python tests/cuda_check.py $(ARGS)
 
 build: $(VENV)/.tools ## an isolated build of the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .

@@ -36,6 +36,12 @@ def _forced(request):
         yield request.param
 
 
+@pytest.fixture(params=FORMAT_LEVELS)
+def format_level(request):
+    """The levels alone, for what concerns the CPU only."""
+    yield from _forced(request)
+
+
 @pytest.fixture
 def keep_threads():
     """Puts torch's thread count back after a test that changes it."""

@@ -3,8 +3,8 @@
     make cuda-check                 # the architectures of CMakeLists.txt
     make cuda-check ARGS=--write    # and put the table into docs/cuda_kernels.md
 
-Needs nvcc, and cuobjdump and nvdisasm (the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm). Fails when a
-kernel spills, touches local memory, or lacks an instruction that its design counts on.
+Needs nvcc, and cuobjdump and nvdisasm (the wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm). Fails
+when a kernel spills, touches local memory, or lacks an instruction that its design counts on.
 """
 
 from __future__ import annotations
@@ -54,19 +54,23 @@ class Kernel:
             found.append(f"{self.stack} bytes of stack")
         if any(self.count(op) for op in LOCAL_MEMORY):
             found.append("local-memory instructions")
-        for wanted in EXPECTED.get(re.sub(r"k(?:Float32|BFloat16|Float16)(?:, )?", "", self.name), []) + EXPECTED.get(
-            self.name.split("<")[0], []
-        ):
+        for wanted in EXPECTED.get(
+            re.sub(r"k(?:Float32|BFloat16|Float16)(?:, )?", "", self.name), []
+        ) + EXPECTED.get(self.name.split("<")[0], []):
             if not self.count(wanted):
                 found.append(f"no {wanted}")
         return found
 
 
-def tool(name: str) -> str:
+def find(name: str) -> str | None:
     """A program of the CUDA toolkit: on PATH, in CUDA_HOME, or in the wheels of this Python."""
     places = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin"]
     places += [str(p) for p in Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin")]
-    found = shutil.which(name) or shutil.which(name, path=os.pathsep.join(places))
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(places))
+
+
+def tool(name: str) -> str:
+    found = find(name)
     if found is None:
         sys.exit(f"cuda-check: expected {name} on PATH or from pip install nvidia-cuda-{name}; found none")
     return found
@@ -97,7 +101,17 @@ def readable(mangled: str) -> str:
 def inspect(source: Path, arch: str, folder: Path) -> list[Kernel]:
     cubin = folder / f"{source.stem}.{arch}.cubin"
     include = f"-I{ROOT / 'csrc' / 'include'}"
-    command = [tool("nvcc"), "-std=c++20", "-O3", f"-arch=sm_{arch}", "-cubin", include, str(source), "-o", str(cubin)]
+    command = [
+        tool("nvcc"),
+        "-std=c++20",
+        "-O3",
+        f"-arch=sm_{arch}",
+        "-cubin",
+        include,
+        str(source),
+        "-o",
+        str(cubin),
+    ]
     subprocess.run(command, check=True)
     cuobjdump = tool("cuobjdump")
     env = os.environ | {"PATH": f"{Path(tool('nvdisasm')).parent}{os.pathsep}{os.environ['PATH']}"}
@@ -138,17 +152,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--archs", type=lambda text: text.split(","), default=architectures(), help="e.g. 90a,120")
+    parser.add_argument(
+        "--archs", type=lambda text: text.split(","), default=architectures(), help="e.g. 90a,120"
+    )
     parser.add_argument("--write", action="store_true", help="put the table into docs/cuda_kernels.md")
     options = parser.parse_args()
-    for name in ("nvcc", "cuobjdump", "nvdisasm"):
-        tool(name)
+    if find("nvcc") is None:
+        print("cuda-check: no nvcc on this machine, so nothing was checked")
+        return
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     jobs = [(source, arch) for source in sources for arch in options.archs]
     kernels: list[Kernel] = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         done = pool.map(lambda job: inspect(*job, Path(folder)), jobs)
-        for found in tqdm(done, total=len(jobs), desc="cuda-check", unit="file", disable=not sys.stderr.isatty()):
+        for found in tqdm(
+            done, total=len(jobs), desc="cuda-check", unit="file", disable=not sys.stderr.isatty()
+        ):
             kernels += found
     print(table(kernels))
     faults = [f"{k.file} {k.name} sm_{k.arch}: {fault}" for k in kernels for fault in k.faults()]

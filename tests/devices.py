@@ -1,5 +1,5 @@
-"""Other places for an op to run in: the emulated device, and a real one. While either is in force, CPU tensors given
-to the ops that have a CUDA kernel go there and back, so that a test of the op is a test of that kernel."""
+"""Other places for an op to run in: the emulated device, and a real one. While either is in force, CPU tensors
+given to the ops that have a CUDA kernel go there and back, so that a test of the op tests that kernel."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ class EmulatedDevice(cuda.Device):
         for tensors, writable in ((inputs, False), (outputs, True)):
             for i, t in enumerate(tensors):
                 if t is not None and t.numel():
-                    _emulator.add_buffer(t.data_ptr(), t.nbytes, writable, f"{'output' if writable else 'input'} {i}")
+                    _emulator.add_buffer(
+                        t.data_ptr(), t.nbytes, writable, f"{'output' if writable else 'input'} {i}"
+                    )
                     registered.append(t.data_ptr())
         try:
             return super().call(kernel, inputs, outputs, *numbers)

@@ -26,21 +26,17 @@ def pinned() -> dict[str, str]:
 
 
 def test_every_kernel_source_is_built() -> None:
-    listed = set(re.findall(r"csrc/[\w/]+\.cpp", text_of("CMakeLists.txt")))
-    there = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp")}
+    listed = set(re.findall(r"csrc/[\w/]+\.(?:cpp|cu)\b", text_of("CMakeLists.txt")))
+    there = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in {".cpp", ".cu"}}
     assert listed == there
 
 
 def test_the_map_names_every_source_and_nothing_else() -> None:
-    named = set(
-        re.findall(r"`((?:bench|cpu|include)/[\w/]+\.(?:cpp|h)|bindings\.cpp)`", text_of("csrc/README.md"))
-    )
+    folders = ("bench", "cpu", "cuda", "emulator", "include")
+    path = rf"`((?:{'|'.join(folders)})/[\w/]+\.(?:cpp|h|cu|cuh)|bindings\.cpp)`"
+    named = set(re.findall(path, text_of("csrc/README.md")))
     csrc = ROOT / "csrc"
-    there = {
-        str(p.relative_to(csrc))
-        for folder in ("bench", "cpu", "include")
-        for p in (csrc / folder).rglob("*.*")
-    }
+    there = {str(p.relative_to(csrc)) for folder in folders for p in (csrc / folder).rglob("*.*")}
     assert named == there | {"bindings.cpp"}
 
 

@@ -1,8 +1,8 @@
 // Everything the kernels take from the device, wrapped once: a device body, and a host body that the emulator in
 // csrc/emulator runs. Kernels touch memory and other threads through these functions alone, and hold no assembly.
 //
-// FASTLORA_AT at the end of a parameter list takes the caller's line, for the emulator's reports and counts; on the
-// device it is nothing.
+// FASTLORA_AT at the end of a parameter list takes the caller's line, for the emulator's reports and counts; on
+// the device it is nothing.
 #pragma once
 
 #include <cstdint>

@@ -26,8 +26,8 @@ struct LaunchShape {
 template <class Args>
 Status launch(const char*, void (*kernel)(Args), const LaunchShape& shape, const Args& args, void* stream) {
   if (shape.shared_bytes > 48 << 10) {
-    const cudaError_t raised = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                    cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
+    const cudaError_t raised = cudaFuncSetAttribute(
+        reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, shape.shared_bytes);
     if (raised != cudaSuccess) return Status::kDeviceError;
   }
   cudaLaunchAttribute attribute{};
@@ -61,8 +61,8 @@ int resident_blocks(void (*kernel)(Args), int threads, int shared_bytes) {
 template <class Args>
 Status launch(const char* name, void (*kernel)(Args), const LaunchShape& shape, const Args& args, void*) {
   const int grid[3] = {shape.blocks, 1, 1};
-  const bool ran = emulator::launch(name, grid, shape.threads, shape.shared_bytes, shape.cooperative,
-                                    [&] { kernel(args); });
+  const bool ran =
+      emulator::launch(name, grid, shape.threads, shape.shared_bytes, shape.cooperative, [&] { kernel(args); });
   return ran ? Status::kOk : Status::kDeviceError;
 }
 

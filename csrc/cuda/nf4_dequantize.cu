@@ -25,7 +25,9 @@ struct DequantizeArgs {
 };
 
 // Eight codes of a word, the even ones in high nibbles; code i of four or eight.
-FASTLORA_DEVICE uint32_t code_of(uint32_t word, int i) { return word >> (8 * (i / 2) + (i % 2 == 0 ? 4 : 0)) & 15; }
+FASTLORA_DEVICE uint32_t code_of(uint32_t word, int i) {
+  return word >> (8 * (i / 2) + (i % 2 == 0 ? 4 : 0)) & 15;
+}
 
 FASTLORA_DEVICE void fill_tables(const DequantizeArgs& args) {
   auto* table = shared_memory<float>(0);
@@ -118,8 +120,8 @@ Status dequantize(const Nf4DequantizeCudaArgs& a) {
   for (int i = 0; i < 16; ++i) args.nf4_codes[i] = kNf4Codes[i];
   const bool flat = args.cols % 2 == 0 || args.rows == 1;
   const auto kernel = flat ? dequantize_flat<D> : dequantize_ragged<D>;
-  const int64_t items = flat ? args.rows * args.cols / Element<D>::kPerVector / kVectors + 1
-                             : args.rows * ((args.cols + 1) / 2);
+  const int64_t items =
+      flat ? args.rows * args.cols / Element<D>::kPerVector / kVectors + 1 : args.rows * ((args.cols + 1) / 2);
   const int64_t wanted = (items + kThreads - 1) / kThreads, most = resident_blocks(kernel, kThreads, kSharedBytes);
   if (most == 0) return Status::kDeviceError;
   const LaunchShape shape{.blocks = static_cast<int>(wanted < most ? wanted : most),

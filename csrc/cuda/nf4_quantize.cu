@@ -1,12 +1,12 @@
 // nf4_quantize on the device: a weight to packed codes and absmax, the absmax quantised again in the same launch.
 //
-// A warp takes 32 vectors of 16 bytes (256 elements; 128 of float32) or a whole block, whichever is more. A code is
-// found by one look-up: s = w / absmax is mapped, by one FMA whose rounding leaves an integer in the low bits, to one
-// of 32 cells with at most one midpoint in each; the cell's entry says how many midpoints lie below it and which one
-// lies in it. The midpoints' cells come from the same FMA, so its rounding cannot matter.
+// A warp takes 32 vectors of 16 bytes (256 elements; 128 of float32) or a whole block, whichever is more. A code
+// is found by one look-up: s = w / absmax is mapped, by one FMA whose rounding leaves an integer in the low bits,
+// to one of 32 cells with at most one midpoint in each; the cell's entry says how many midpoints lie below it and
+// which one lies in it. The midpoints' cells come from the same FMA, so its rounding cannot matter.
 //
-// The mean of the absmax values is summed to about 106 bits, so that its rounding to float32 is the same in any order
-// of summation, and the same as the CPU's.
+// The mean of the absmax values is summed to about 106 bits, so that its rounding to float32 is the same in any
+// order of summation, and the same as the CPU's.
 #include "fastlora/cuda.h"
 #include "launch.cuh"
 #include "nf4.cuh"
@@ -19,8 +19,8 @@ constexpr int kWarps = kThreads / 32;
 constexpr float kTinyAbsmax = 1e-38f;  // a smaller one divides as if it were this
 constexpr uint32_t kInfinity = 0x7f800000u;
 
-// Shared memory: the cells' entries, a copy a bank pair (16 of 8 bytes are a row of banks); sums of the block's warps;
-// the bounds of the dynamic map.
+// Shared memory: the cells' entries, a copy a bank pair (16 of 8 bytes are a row of banks); sums of the block's
+// warps; the bounds of the dynamic map.
 struct Cell {
   float midpoint;  // above every s where there is none
   uint32_t below;
@@ -129,9 +129,9 @@ FASTLORA_DEVICE void double_quantize(const QuantizeArgs& args, Sum sum) {
   for (int i = thread_index(); i < 256; i += kThreads) {
     float bound = 2.0f;
     if (i < 255) {
-      const double midpoint =
-          add(static_cast<double>(load_readonly(args.map + i)), static_cast<double>(load_readonly(args.map + i + 1))) *
-          0.5;
+      const double midpoint = add(static_cast<double>(load_readonly(args.map + i)),
+                                  static_cast<double>(load_readonly(args.map + i + 1))) *
+                              0.5;
       bound = static_cast<float>(midpoint);
       if (static_cast<double>(bound) > midpoint) {  // one step towards minus infinity
         bound = float_of(bound > 0.0f ? bits_of(bound) - 1 : bits_of(bound) + 1);
@@ -170,7 +170,8 @@ FASTLORA_DEVICE void double_quantize(const QuantizeArgs& args, Sum sum) {
   constexpr int kPerLane = static_cast<int>(kNestedBlocksize) / 32;
   const int64_t groups = (args.blocks + kNestedBlocksize - 1) / kNestedBlocksize;
   const int64_t warps = static_cast<int64_t>(block_count()) * kWarps;
-  for (int64_t group = static_cast<int64_t>(block_index()) * kWarps + warp_index(); group < groups; group += warps) {
+  for (int64_t group = static_cast<int64_t>(block_index()) * kWarps + warp_index(); group < groups;
+       group += warps) {
     const int64_t first = group * kNestedBlocksize + lane_index();
     float residual[kPerLane];
     uint32_t largest = 0;

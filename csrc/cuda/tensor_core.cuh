@@ -7,7 +7,9 @@
 namespace fastlora::cuda {
 
 #ifdef __CUDACC__
-FASTLORA_DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+FASTLORA_DEVICE uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
 #endif
 
 // cp.async of kBytes (4, 8, 16); those past `valid` become zero. Lands at a wait.
@@ -83,10 +85,11 @@ FASTLORA_DEVICE void load_matrix(uint32_t (&out)[kMatrices], const void* row FAS
 #endif
 }
 
-// d (16x8 float32) += a (16x16) · b (16x8). With g = lane / 4 and t = lane % 4 * 2: a[0] holds row g, columns t and
-// t + 1; a[1] row g + 8; a[2] and a[3] the same rows 8 columns on. b[0] holds rows t, t + 1 of column g, b[1] those
-// 8 rows on. d[0], d[1] are row g, columns t, t + 1; d[2], d[3] row g + 8.
-FASTLORA_DEVICE void multiply_tile_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] FASTLORA_AT) {
+// d (16x8 float32) += a (16x16) · b (16x8). With g = lane / 4 and t = lane % 4 * 2: a[0] holds row g, columns t
+// and t + 1; a[1] row g + 8; a[2] and a[3] the same rows 8 columns on. b[0] holds rows t, t + 1 of column g, b[1]
+// those 8 rows on. d[0], d[1] are row g, columns t, t + 1; d[2], d[3] row g + 8.
+FASTLORA_DEVICE void multiply_tile_bf16(float (&d)[4], const uint32_t (&a)[4],
+                                        const uint32_t (&b)[2] FASTLORA_AT) {
 #ifdef __CUDACC__
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -98,7 +101,8 @@ FASTLORA_DEVICE void multiply_tile_bf16(float (&d)[4], const uint32_t (&a)[4], c
 #endif
 }
 
-FASTLORA_DEVICE void multiply_tile_fp16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] FASTLORA_AT) {
+FASTLORA_DEVICE void multiply_tile_fp16(float (&d)[4], const uint32_t (&a)[4],
+                                        const uint32_t (&b)[2] FASTLORA_AT) {
 #ifdef __CUDACC__
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -132,8 +136,9 @@ FASTLORA_DEVICE void memory_barrier_arrive(uint64_t* barrier FASTLORA_AT) {
 FASTLORA_DEVICE void memory_barrier_wait(uint64_t* barrier, int parity FASTLORA_AT) {
 #ifdef __CUDACC__
   asm volatile(
-      "{\n .reg .pred done;\n again:\n mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n @!done bra again;\n}"
-      ::"r"(shared_address(barrier)), "r"(parity)
+      "{\n .reg .pred done;\n again:\n mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n @!done bra "
+      "again;\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
       : "memory");
 #else
   emulator::memory_barrier_wait(barrier, parity, at);

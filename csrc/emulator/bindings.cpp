@@ -1,8 +1,11 @@
-// The module _emulator, for tests: the CUDA entry points as _C.cuda has them, run by the emulator, and its controls.
+// The module _emulator, for tests: the CUDA entry points as _C.cuda has them, run by the emulator, and its
+// controls.
 #include <pybind11/pybind11.h>
 
 #include "bindings_cuda.h"
 #include "launch.h"
+#include "tests/emulated.h"
+#include "tests/testing.h"
 
 namespace py = pybind11;
 using namespace fastlora;
@@ -16,4 +19,13 @@ PYBIND11_MODULE(_emulator, m) {
   m.def("remove_buffer", [](uintptr_t base) { emulator::remove_buffer(reinterpret_cast<const void*>(base)); });
   m.def("set_seed", &emulator::set_seed);
   m.def("take_fault", &emulator::take_fault);
+  // csrc/tests: whether every check held; what failed is on standard error.
+  m.def("self_test", [] {
+    testing::test_emulator();
+    return testing::finish() == 0;
+  });
+  m.def("kernel_test", [] {
+    testing::test_cuda_kernels();
+    return testing::finish() == 0;
+  });
 }

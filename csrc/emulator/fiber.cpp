@@ -42,7 +42,8 @@ void Fiber::prepare(void (*body)(void*), void* argument) {
   body_ = body;
   argument_ = argument;
 #ifdef __SANITIZE_ADDRESS__
-  __asan_unpoison_memory_region(stack_, StackPool::kBytes);  // a fiber given up in mid-run leaves its frames marked
+  __asan_unpoison_memory_region(stack_,
+                                StackPool::kBytes);  // a fiber given up in mid-run leaves its frames marked
 #endif
   getcontext(&own_);
   own_.uc_stack.ss_sp = stack_;

@@ -32,7 +32,8 @@ struct TileSeat {
 
 void check_aligned(const void* p, int bytes, Where at) {
   if (reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) != 0) {
-    fault(at, "accesses " + std::to_string(bytes) + " bytes at an address that is no multiple of " + std::to_string(bytes));
+    fault(at, "accesses " + std::to_string(bytes) + " bytes at an address that is no multiple of " +
+                  std::to_string(bytes));
   }
 }
 
@@ -133,11 +134,12 @@ uint32_t shuffle(Shuffle kind, uint32_t value, int operand, uint32_t lanes, Wher
     case Shuffle::kDown: source = lane + operand > 31 ? lane : lane + operand; break;
   }
   if (source < 0 || source > 31) source = lane;
-  if ((lanes >> source & 1) == 0) fault(at, "shuffles from lane " + std::to_string(source) + ", which its mask lacks");
+  if ((lanes >> source & 1) == 0)
+    fault(at, "shuffles from lane " + std::to_string(source) + ", which its mask lacks");
   ShuffleSeat seat{value, source, 0};
   current().block.meet_warp(
       "a shuffle", lanes, at, &seat,
-      [](void* const (&payloads)[32], uint32_t present) {
+      [](void* const(&payloads)[32], uint32_t present) {
         for (int i = 0; i < 32; ++i) {
           if ((present >> i & 1) == 0) continue;
           auto& mine = *static_cast<ShuffleSeat*>(payloads[i]);
@@ -152,7 +154,7 @@ uint32_t ballot(bool vote, uint32_t lanes, Where at) {
   uint32_t seat = vote ? 1 : 0;
   current().block.meet_warp(
       "a vote", lanes, at, &seat,
-      [](void* const (&payloads)[32], uint32_t present) {
+      [](void* const(&payloads)[32], uint32_t present) {
         uint32_t votes = 0;
         for (int i = 0; i < 32; ++i) {
           if ((present >> i & 1) != 0) votes |= *static_cast<const uint32_t*>(payloads[i]) << i;
@@ -242,12 +244,13 @@ void load_matrix(uint32_t* out, int matrices, bool transposed, const void* row, 
   MatrixSeat seat{static_cast<const uint8_t*>(row), out, matrices, transposed, at};
   t.block.meet_warp(
       "ldmatrix", kAll, at, &seat,
-      [](void* const (&payloads)[32], uint32_t lanes) {
+      [](void* const(&payloads)[32], uint32_t lanes) {
         const auto& first = *static_cast<const MatrixSeat*>(payloads[0]);
         for (int m = 0; m < first.count; ++m) {
           std::array<uint64_t, 8> rows;
           for (size_t r = 0; r < 8; ++r) {
-            rows[r] = reinterpret_cast<uintptr_t>(static_cast<const MatrixSeat*>(payloads[static_cast<size_t>(m) * 8 + r])->row);
+            rows[r] = reinterpret_cast<uintptr_t>(
+                static_cast<const MatrixSeat*>(payloads[static_cast<size_t>(m) * 8 + r])->row);
           }
           current().block.grid.counters.add_matrix(first.at, rows);
         }
@@ -324,8 +327,8 @@ uint16_t float_to_fp16(float f) {
   const double magnitude = std::fabs(static_cast<double>(f));
   if (magnitude >= 65520.0) return sign | 0x7c00;
   int exponent = 0;
-  std::frexp(magnitude, &exponent);                  // magnitude = 0.1... x 2^exponent
-  const int step = std::max(exponent - 11, -24);     // the last place has 2^step
+  std::frexp(magnitude, &exponent);                                    // magnitude = 0.1... x 2^exponent
+  const int step = std::max(exponent - 11, -24);                       // the last place has 2^step
   const double places = std::nearbyint(std::ldexp(magnitude, -step));  // to nearest even
   const double rounded = std::ldexp(places, step);
   if (rounded < 6.103515625e-05) return sign | static_cast<uint16_t>(std::ldexp(rounded, 24));

@@ -37,7 +37,8 @@ void copy_async_commit(Where at);
 // All but the newest `pending` groups of this thread have landed.
 void copy_async_wait(int pending, Where at);
 
-// ldmatrix: `count` (1, 2, 4) 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
+// ldmatrix: `count` (1, 2, 4) 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i
+// / 8.
 void load_matrix(uint32_t* out, int count, bool transposed, const void* row, Where at);
 
 // mma.sync m16n8k16, float32 accumulation: d += a·b. a 16x16 row-major, b 16x8 column-major.

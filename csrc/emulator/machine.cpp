@@ -58,7 +58,10 @@ int64_t Thread::occurrence(Access access, Where at) { return passes[{at.file, at
 // ---- a block ------------------------------------------------------------------------------------------------
 
 Block::Block(Grid& grid, int linear, const int (&where)[3])
-    : grid(grid), linear(linear), index{where[0], where[1], where[2]}, shared(grid.shape.shared_bytes, grid.shape.threads) {
+    : grid(grid),
+      linear(linear),
+      index{where[0], where[1], where[2]},
+      shared(grid.shape.shared_bytes, grid.shape.threads) {
   for (int t = 0; t < grid.shape.threads; ++t) {
     threads.push_back(std::make_unique<Thread>(*this, t, grid.shape.threads, grid.stacks));
     threads.back()->fiber.prepare(thread_body, threads.back().get());
@@ -147,7 +150,8 @@ void Block::meet_warp(const char* what, uint32_t lanes, Where at, void* payload,
                       bool orders_memory) {
   Thread& self = current();
   self.meeting = {.what = what, .at = at, .lanes = lanes, .payload = payload, .condition = {}};
-  if ((lanes >> self.lane() & 1) == 0) fault(at, std::string("calls ") + what + " with a mask that lacks its own lane");
+  if ((lanes >> self.lane() & 1) == 0)
+    fault(at, std::string("calls ") + what + " with a mask that lacks its own lane");
   std::vector<Thread*> met;
   bool complete = true;
   for (int lane = 0; lane < 32; ++lane) {
@@ -180,7 +184,8 @@ void Block::meet_block(const char* what, int64_t barrier, int expected, Where at
   self.meeting = {.what = what, .at = at, .barrier = barrier, .expected = expected, .condition = {}};
   std::vector<Thread*> met{&self};
   for (const auto& thread : threads) {
-    if (thread->state == Thread::State::kWaiting && thread->meeting.barrier == barrier) met.push_back(thread.get());
+    if (thread->state == Thread::State::kWaiting && thread->meeting.barrier == barrier)
+      met.push_back(thread.get());
   }
   for (Thread* thread : met) {
     if (!(thread->meeting.at == at) && barrier == 0) diverged(self, *thread);
@@ -234,7 +239,8 @@ void Block::stuck() {
   for (const auto& other : threads) {
     if (other.get() == waiting) continue;
     const bool same_warp = other->warp() == waiting->warp();
-    if (waiting->meeting.lanes != 0 && (!same_warp || (waiting->meeting.lanes >> other->lane() & 1) == 0)) continue;
+    if (waiting->meeting.lanes != 0 && (!same_warp || (waiting->meeting.lanes >> other->lane() & 1) == 0))
+      continue;
     if (other->state == Thread::State::kEnded || other->meeting.barrier != waiting->meeting.barrier ||
         !(other->meeting.at == waiting->meeting.at)) {
       diverged(*waiting, *other);
@@ -274,7 +280,8 @@ void Grid::run() {
       ended += block->ended() ? 1 : 0;
     }
     if (ended == all.size()) break;
-    if (ended != 0) throw Fault{std::string("kernel ") + shape.kernel + ": a block ended while others wait for the grid"};
+    if (ended != 0)
+      throw Fault{std::string("kernel ") + shape.kernel + ": a block ended while others wait for the grid"};
     ++epoch;
     for (const auto& block : all) block->release_grid_barrier();
   }

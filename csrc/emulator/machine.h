@@ -47,10 +47,10 @@ struct Thread {
   struct Meeting {
     const char* what = "";
     Where at;
-    uint32_t lanes = 0;                // of a warp's meeting
-    int64_t barrier = -1;              // of a block's
-    int expected = 0;                  // threads that the barrier needs
-    void* payload = nullptr;           // read and written by whoever comes last
+    uint32_t lanes = 0;               // of a warp's meeting
+    int64_t barrier = -1;             // of a block's
+    int expected = 0;                 // threads that the barrier needs
+    void* payload = nullptr;          // read and written by whoever comes last
     std::function<bool()> condition;  // of a wait on memory: may it go on?
   };
 

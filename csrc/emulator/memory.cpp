@@ -42,8 +42,9 @@ int64_t SharedMemory::offset_of(const void* p, int64_t bytes, const char* verb, 
 void SharedMemory::check_written_before(const Cell& cell, int64_t offset, const Actor& who, const char* verb,
                                         Where at) const {
   if (cell.copier != kNobody) {
-    fault(at, std::string(verb) + " shared byte " + std::to_string(offset) + " while an asynchronous copy of thread " +
-                  std::to_string(cell.copier) + " to it is under way: a wait is missing");
+    fault(at, std::string(verb) + " shared byte " + std::to_string(offset) +
+                  " while an asynchronous copy of thread " + std::to_string(cell.copier) +
+                  " to it is under way: a wait is missing");
   }
   if (cell.writer >= 0 && cell.writer != who.thread && !who.clock.has_seen(cell.writer, cell.written)) {
     fault(at, std::string(verb) + " shared byte " + std::to_string(offset) + " that thread " +
@@ -130,7 +131,8 @@ void SharedMemory::atomic(const void* p, int64_t bytes, const Actor& who, Where 
   const int64_t offset = offset_of(p, bytes, "updates", at);
   for (int64_t i = offset; i < offset + bytes; ++i) {
     Cell& cell = cells_[static_cast<size_t>(i)];
-    if (cell.writer == kNobody) fault(at, "updates shared byte " + std::to_string(i) + ", which nothing has written");
+    if (cell.writer == kNobody)
+      fault(at, "updates shared byte " + std::to_string(i) + ", which nothing has written");
     if (!cell.by_atomic) check_written_before(cell, i, who, "updates", at);
     check_read_before(cell, i, who, at);
     note_write(cell, who, true);
@@ -182,8 +184,8 @@ void GlobalMemory::read(const void* p, int64_t bytes, const Actor& who, Where at
   for (const uint8_t* byte = first; byte < first + bytes; ++byte) {
     Cell& cell = cell_of(buffer, byte);
     if (cell.write_block >= 0 && cell.write_epoch == who.grid_epoch) {
-      const bool ordered = cell.write_block == who.block &&
-                           (cell.write_thread == who.thread || who.clock.has_seen(cell.write_thread, cell.written));
+      const bool ordered = cell.write_block == who.block && (cell.write_thread == who.thread ||
+                                                             who.clock.has_seen(cell.write_thread, cell.written));
       if (!ordered) {
         fault(at, "reads byte " + std::to_string(byte - buffer.base) + " of global buffer " + buffer.name +
                       " that thread " + std::to_string(cell.write_thread) + " of block " +
@@ -207,10 +209,12 @@ void GlobalMemory::write(const void* p, int64_t bytes, const Actor& who, Where a
   const auto* first = static_cast<const uint8_t*>(p);
   for (const uint8_t* byte = first; byte < first + bytes; ++byte) {
     Cell& cell = cell_of(buffer, byte);
-    const auto place = [&] { return "byte " + std::to_string(byte - buffer.base) + " of global buffer " + buffer.name; };
+    const auto place = [&] {
+      return "byte " + std::to_string(byte - buffer.base) + " of global buffer " + buffer.name;
+    };
     if (cell.write_block >= 0 && cell.write_epoch == who.grid_epoch) {
-      const bool ordered = cell.write_block == who.block &&
-                           (cell.write_thread == who.thread || who.clock.has_seen(cell.write_thread, cell.written));
+      const bool ordered = cell.write_block == who.block && (cell.write_thread == who.thread ||
+                                                             who.clock.has_seen(cell.write_thread, cell.written));
       if (!ordered) {
         fault(at, "writes " + place() + " that thread " + std::to_string(cell.write_thread) + " of block " +
                       std::to_string(cell.write_block) + " wrote with no barrier between: a race");

@@ -29,7 +29,9 @@ class Array {
   T* data() { return data_; }
   size_t bytes() const { return static_cast<size_t>(count_) * sizeof(T); }
   T& operator[](int64_t i) { return data_[i]; }
-  bool same(Array& other) const { return bytes() == other.bytes() && std::memcmp(data_, other.data_, bytes()) == 0; }
+  bool same(Array& other) const {
+    return bytes() == other.bytes() && std::memcmp(data_, other.data_, bytes()) == 0;
+  }
 
  private:
   int64_t count_;
@@ -50,8 +52,8 @@ void fill(Rng& rng, DType dtype, int64_t count, uint8_t* out) {
       uint32_t bits;
       std::memcpy(&bits, &f, 4);
       // Cut to 8 exponent bits and 7 of mantissa, or to a half of the same sign near it: any bits will do.
-      const auto half = static_cast<uint16_t>(dtype == DType::kBFloat16 ? bits >> 16
-                                                                        : (bits >> 16 & 0x8000) | (0x2000 + (bits >> 10 & 0x1fff)));
+      const auto half = static_cast<uint16_t>(
+          dtype == DType::kBFloat16 ? bits >> 16 : (bits >> 16 & 0x8000) | (0x2000 + (bits >> 10 & 0x1fff)));
       std::memcpy(out + 2 * i, &half, 2);
     }
   }
@@ -75,9 +77,11 @@ void compare(Rng& rng, DType dtype, int64_t rows, int64_t cols, int64_t blocksiz
   std::memcpy(map.data(), nf4_dynamic_map(), 1024);
   not_finite[0] = 0;
 
-  nf4_quantize({weight.data(), dtype, rows, cols, blocksize, want_packed.data(), want_absmax.data(), 1}, Isa::kScalar);
+  nf4_quantize({weight.data(), dtype, rows, cols, blocksize, want_packed.data(), want_absmax.data(), 1},
+               Isa::kScalar);
   if (nested) {
-    nf4_double_quantize({want_absmax.data(), blocks, want_codes.data(), reinterpret_cast<uint8_t*>(want_scales.data()), 1});
+    nf4_double_quantize(
+        {want_absmax.data(), blocks, want_codes.data(), reinterpret_cast<uint8_t*>(want_scales.data()), 1});
   }
   emulator::set_seed(rng.next());
   Status status = nf4_quantize_cuda({.weight = weight.data(),
@@ -93,7 +97,8 @@ void compare(Rng& rng, DType dtype, int64_t rows, int64_t cols, int64_t blocksiz
                                      .map = map.data(),
                                      .not_finite = not_finite.data(),
                                      .stream = nullptr});
-  check(status == Status::kOk, "quantise: status %d: %s", static_cast<int>(status), emulator::take_fault().c_str());
+  check(status == Status::kOk, "quantise: status %d: %s", static_cast<int>(status),
+        emulator::take_fault().c_str());
   check(not_finite[0] == 0, "a finite weight was called not finite");
   check(packed.same(want_packed), "packed codes differ");
   check(absmax.same(want_absmax), "absmax differs");
@@ -109,7 +114,8 @@ void compare(Rng& rng, DType dtype, int64_t rows, int64_t cols, int64_t blocksiz
                        blocksize};
   nf4_dequantize({from, want_out.data(), dtype, 1}, Isa::kScalar);
   status = nf4_dequantize_cuda({from, map.data(), out.data(), dtype, nullptr});
-  check(status == Status::kOk, "dequantise: status %d: %s", static_cast<int>(status), emulator::take_fault().c_str());
+  check(status == Status::kOk, "dequantise: status %d: %s", static_cast<int>(status),
+        emulator::take_fault().c_str());
   check(out.same(want_out), "dequantised values differ");
 }
 
@@ -147,11 +153,13 @@ void test_patterns(Rng& rng) {
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) compare(rng, dtype, 16, 1024, 64, false, 0);
   set_case("access patterns");
   for (const emulator::LineCount& line : emulator::take_counts()) {
-    const bool shared = line.access == emulator::Access::kSharedLoad || line.access == emulator::Access::kSharedStore;
+    const bool shared =
+        line.access == emulator::Access::kSharedLoad || line.access == emulator::Access::kSharedStore;
     // Lines that pass few bytes (absmax, tables) are not what the time goes into.
     if (line.bytes < 16384) continue;
     check(line.cost == line.least, "%s:%d: %lld %s where %lld would do", line.file.c_str(), line.line,
-          static_cast<long long>(line.cost), shared ? "wavefronts" : "sectors", static_cast<long long>(line.least));
+          static_cast<long long>(line.cost), shared ? "wavefronts" : "sectors",
+          static_cast<long long>(line.least));
   }
 }
 

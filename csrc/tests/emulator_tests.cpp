@@ -26,8 +26,9 @@ struct Job {
 std::string run(void (*kernel)(Job), const Job& job, int threads, int shared_bytes, int blocks = 1) {
   for (uint64_t seed = 1; seed <= 6; ++seed) {
     emulator::set_seed(seed);
-    launch("planted", kernel, {.blocks = blocks, .threads = threads, .shared_bytes = shared_bytes, .cooperative = blocks > 1},
-           job, nullptr);
+    launch("planted", kernel,
+           {.blocks = blocks, .threads = threads, .shared_bytes = shared_bytes, .cooperative = blocks > 1}, job,
+           nullptr);
     std::string fault = emulator::take_fault();
     if (!fault.empty()) return fault;
   }
@@ -72,8 +73,8 @@ void test_shuffles() {
     const int want[5] = {base + 31 - lane, base + (lane ^ 5), lane < 3 ? base + lane : base + lane - 3,
                          lane + 7 > 31 ? base + lane : base + lane + 7, static_cast<int>(votes)};
     for (int i = 0; i < 5; ++i) {
-      check(out[static_cast<size_t>(t * 5 + i)] == static_cast<uint32_t>(want[i]), "thread %d value %d: got %u, want %d", t, i,
-            out[static_cast<size_t>(t * 5 + i)], want[i]);
+      check(out[static_cast<size_t>(t * 5 + i)] == static_cast<uint32_t>(want[i]),
+            "thread %d value %d: got %u, want %d", t, i, out[static_cast<size_t>(t * 5 + i)], want[i]);
     }
   }
 }
@@ -122,7 +123,8 @@ void test_tile_product() {
         want += value[static_cast<size_t>(row * 16 + k)] * value[static_cast<size_t>(256 + k * 8 + column)];
       }
       const float got = out[static_cast<size_t>(row * 8 + column)];
-      check(static_cast<double>(got) == want, "(%d, %d): got %g, want %g", row, column, static_cast<double>(got), want);
+      check(static_cast<double>(got) == want, "(%d, %d): got %g, want %g", row, column, static_cast<double>(got),
+            want);
     }
   }
 }
@@ -135,7 +137,8 @@ void matrices(Job job) {
   sync_threads();
   uint32_t out[kMatrices];
   load_matrix<kMatrices, kTransposed>(out, rows + lane_index() % (kMatrices * 8) * 8);
-  for (int m = 0; m < kMatrices; ++m) store_global(static_cast<uint32_t*>(job.out) + m * 32 + lane_index(), out[m]);
+  for (int m = 0; m < kMatrices; ++m)
+    store_global(static_cast<uint32_t*>(job.out) + m * 32 + lane_index(), out[m]);
 }
 
 template <int kMatrices, bool kTransposed>
@@ -227,7 +230,8 @@ void test_grid() {
 
 // ---- planted bugs -------------------------------------------------------------------------------------------
 
-// value 0: correct. 1: the barrier between is missing. 2: one element too far. 3: never written. 4: in one branch only.
+// value 0: correct. 1: the barrier between is missing. 2: one element too far. 3: never written. 4: in one branch
+// only.
 void neighbours(Job job) {
   auto* cells = shared_memory<uint32_t>(0);
   const int t = thread_index();
@@ -259,17 +263,20 @@ void copies(Job job) {
 // value 0: correct. 1: half of the warp. 2: some lanes leave first. 3: a mask that lacks the lane.
 void sums(Job job) {
   auto mine = static_cast<uint32_t>(lane_index());
-  if (job.value == 1 && lane_index() >= 16) return store_global(static_cast<uint32_t*>(job.out) + lane_index(), mine);
+  if (job.value == 1 && lane_index() >= 16)
+    return store_global(static_cast<uint32_t*>(job.out) + lane_index(), mine);
   if (job.value == 2 && lane_index() == 3) return;
   mine += shuffle_xor(mine, 1, job.value == 3 && lane_index() == 8 ? ~(1u << 8) : kAllLanes);
   store_global(static_cast<uint32_t*>(job.out) + lane_index(), mine);
 }
 
-// value 0: correct. 1: past the buffer. 2: an input written. 3: two threads write one element. 4: before the buffer.
+// value 0: correct. 1: past the buffer. 2: an input written. 3: two threads write one element. 4: before the
+// buffer.
 void globals(Job job) {
   auto* out = static_cast<uint32_t*>(job.out);
   const int t = thread_index();
-  const uint32_t v = load_global(static_cast<const uint32_t*>(job.in) + t + (job.value == 1 ? 1 : 0) - (job.value == 4 ? 1 : 0));
+  const uint32_t v =
+      load_global(static_cast<const uint32_t*>(job.in) + t + (job.value == 1 ? 1 : 0) - (job.value == 4 ? 1 : 0));
   if (job.value == 2) store_global(static_cast<uint32_t*>(job.in) + t, v);
   store_global(out + (job.value == 3 ? t / 2 : t), v);
 }
@@ -301,7 +308,8 @@ void test_planted_bugs() {
     const EmulatedBuffer from(in, sizeof in, false, "in");
     expect_clean("neighbours", run(neighbours, with(0), 64, 256));
     expect_fault("a missing barrier", run(neighbours, with(1), 64, 256), "no barrier between: a race");
-    expect_fault("shared memory overrun", run(neighbours, with(2), 64, 256), "4 bytes at offset 256 of shared memory");
+    expect_fault("shared memory overrun", run(neighbours, with(2), 64, 256),
+                 "4 bytes at offset 256 of shared memory");
     expect_fault("a read of what nothing wrote", run(neighbours, with(3), 64, 256), "which nothing has written");
     expect_fault("a barrier in one branch", run(neighbours, with(4), 64, 256), "divergence");
     expect_clean("copies", run(copies, with(0), 32, 512));
@@ -309,7 +317,8 @@ void test_planted_bugs() {
     expect_fault("a misaligned copy", run(copies, with(2), 32, 512), "no multiple of 16");
     expect_fault("a wait too weak", run(copies, with(3), 32, 512), "a wait is missing");
     expect_clean("reuse", run(reuse, with(0), 64, 256));
-    expect_fault("filled before it was read", run(reuse, with(1), 64, 256), "read with no barrier between: a race");
+    expect_fault("filled before it was read", run(reuse, with(1), 64, 256),
+                 "read with no barrier between: a race");
     expect_clean("wide", run(wide, with(0), 1, 0));
     expect_fault("a misaligned load", run(wide, with(1), 1, 0), "no multiple of 16");
     expect_clean("sums", run(sums, with(0), 32, 0));
@@ -363,7 +372,8 @@ void test_counters() {
       }
       check(line.instructions == instructions && line.cost == cost && line.least == least,
             "padding %d, line %d: %lld instructions, cost %lld, least %lld", padding, line.line,
-            static_cast<long long>(line.instructions), static_cast<long long>(line.cost), static_cast<long long>(line.least));
+            static_cast<long long>(line.instructions), static_cast<long long>(line.cost),
+            static_cast<long long>(line.least));
     }
   }
 }
@@ -373,8 +383,10 @@ void test_conversions() {
   for (uint32_t h = 0; h < 65536; ++h) {
     const auto half = static_cast<uint16_t>(h);
     const float f = emulator::fp16_to_float(half), g = emulator::bf16_to_float(half);
-    if (!std::isnan(f)) check(emulator::float_to_fp16(f) == half, "float16 %04x comes back as %04x", h, emulator::float_to_fp16(f));
-    if (!std::isnan(g)) check(emulator::float_to_bf16(g) == half, "bfloat16 %04x comes back as %04x", h, emulator::float_to_bf16(g));
+    if (!std::isnan(f))
+      check(emulator::float_to_fp16(f) == half, "float16 %04x comes back as %04x", h, emulator::float_to_fp16(f));
+    if (!std::isnan(g))
+      check(emulator::float_to_bf16(g) == half, "bfloat16 %04x comes back as %04x", h, emulator::float_to_bf16(g));
     // Halfway to the next: the even one of the two.
     if (!std::isinf(f) && !std::isnan(f) && (h & 0x7fff) < 0x7bff) {
       const float middle = (f + emulator::fp16_to_float(static_cast<uint16_t>(h + 1))) / 2;

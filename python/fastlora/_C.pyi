@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 cuda_built: bool
+cuda: Any  # of a build with CUDA: csrc/bindings_cuda.cpp
 isa_count: int
 __version__: str
 

@@ -1,7 +1,7 @@
 """The CUDA half of the ops: how tensors on a device reach `_C.cuda`, and the format's kernels.
 
-Kernels run on torch's current stream of the tensors' device and never wait for it. Tests run the same functions
-on an emulated device: see :class:`Device`.
+Kernels run on torch's current stream of the tensors' device and never wait for it. Tests run the same
+functions on an emulated device: see :class:`Device`.
 """
 
 from __future__ import annotations

@@ -177,8 +177,8 @@ def quantize_nf4(
             contiguous or not. It is not changed, and no gradient flows.
         blocksize: weights that share one scale: 32, 64, 128, 256, 512, 1024, 2048 or 4096.
         double_quant: store the scales in 8 bits (0.127 bits a weight at blocksize 64, instead of 0.5).
-        check_finite: look for NaN and Inf. On a CUDA device that waits for the kernel, and a CUDA graph cannot
-            capture it; without it a weight that holds one gives an unspecified result.
+        check_finite: look for NaN and Inf. On a CUDA device that waits for the kernel, and a CUDA graph
+            cannot capture it; without it a weight that holds one gives an unspecified result.
 
     Raises:
         TypeError: not a tensor, or another dtype.

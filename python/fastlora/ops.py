@@ -89,12 +89,14 @@ def define(
     def on_device(device: cuda.Device, *args: Any) -> Tensor | tuple[Tensor, ...]:
         if device.kernels is None:
             raise RuntimeError(
-                f"{op}: expected CPU tensors, got CUDA ones; this build of fastlora holds no CUDA kernels: install "
-                "nvcc (pip install nvidia-cuda-nvcc nvidia-cuda-cccl) and build it again (`python -m fastlora info` "
-                "says what was built)"
+                f"{op}: expected CPU tensors, got CUDA ones; this build of fastlora holds no CUDA kernels: "
+                "install nvcc (pip install nvidia-cuda-nvcc nvidia-cuda-cccl) and build it again "
+                "(`python -m fastlora info` says what was built)"
             )
         if cuda_kernel is None:
-            raise RuntimeError(f"{op}: expected CPU tensors, got CUDA ones, for which this op has no kernel yet")
+            raise RuntimeError(
+                f"{op}: expected CPU tensors, got CUDA ones, for which this op has no kernel yet"
+            )
         return run(partial(cuda_kernel, device), args[0].device, args)
 
     def on_cuda(*args: Any) -> Tensor | tuple[Tensor, ...]:

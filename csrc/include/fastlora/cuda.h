@@ -20,14 +20,15 @@ struct Nf4QuantizeCudaArgs {
   const void* weight;  // (rows, cols), dtype
   DType dtype;
   int64_t rows, cols, blocksize;
-  uint8_t* packed;       // (rows, ceil(cols / 2)) out
-  float* absmax;         // (ceil(rows*cols / blocksize)) out
-  uint8_t* codes;        // as many, out; nullptr: absmax is not quantised
-  float* nested;         // (1 + ceil(blocks / 256)) out, with codes
-  double* partials;      // (kQuantizePartials, 2) scratch, with codes
-  const float* map;      // (256) the dynamic map, with codes
-  uint32_t* not_finite;  // (1) zero before; 1 after if any weight is NaN or Inf (the other outputs are unspecified)
-  void* stream;          // cudaStream_t
+  uint8_t* packed;   // (rows, ceil(cols / 2)) out
+  float* absmax;     // (ceil(rows*cols / blocksize)) out
+  uint8_t* codes;    // as many, out; nullptr: absmax is not quantised
+  float* nested;     // (1 + ceil(blocks / 256)) out, with codes
+  double* partials;  // (kQuantizePartials, 2) scratch, with codes
+  const float* map;  // (256) the dynamic map, with codes
+  uint32_t*
+      not_finite;  // (1) zero before; 1 after if any weight is NaN or Inf (the other outputs are unspecified)
+  void* stream;    // cudaStream_t
 };
 // The same bits as nf4_quantize and nf4_double_quantize, in one launch.
 Status nf4_quantize_cuda(const Nf4QuantizeCudaArgs& args);
