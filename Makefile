@@ -77,6 +77,10 @@ cuda-check: $(VENV)/.package ## what nvcc made of every CUDA kernel: spills, reg
 	@$(BIN)/python -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(BIN)/python tests/cuda_check.py $(ARGS)
 
+# On a machine with a GPU, whose python3 has a CUDA build of torch: nothing is fetched, no .venv is made.
+gpu-check: ## build, test, sanitize and measure the CUDA kernels on this machine's GPU; results into OUT
+	PYTHON=$(PYTHON) bench/gpu_check.sh $(OUT)
+
 build: $(VENV)/.tools ## an isolated build of the wheel into dist/
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 

@@ -1,5 +1,5 @@
-"""Other places for an op to run in: the emulated device, and a real one. While either is in force, CPU tensors
-given to the ops that have a CUDA kernel go there and back, so that a test of the op tests that kernel."""
+"""Other places for an op to run in: the emulated device, and a real one. While either is in force, CPU
+tensors given to the ops that have a CUDA kernel go there and back: a test of the op tests that kernel."""
 
 from __future__ import annotations
 
