@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -345,3 +347,21 @@ def test_functional_call(layer: fastlora.QLinear) -> None:
         doubled = torch.func.functional_call(layer, {"lora_A": 2 * layer.lora_A}, (x,))
         layer.lora_A.mul_(2)
         assert torch.equal(doubled, layer(x))
+
+
+def test_a_torch_without_the_names_takes_the_op():
+    """They are not part of torch's promises; a layer works without them."""
+    program = """
+import torch
+del torch._C._dispatch_tls_local_include_set, torch._C._is_any_autocast_enabled
+import fastlora
+from fastlora import direct
+assert not direct.AVAILABLE
+layer = fastlora.QLinear(64, 32, rank=4)
+x = torch.randn(3, 64)
+weight = (layer.weight, layer.weight_scales, layer.weight_nested, 64)
+with torch.no_grad():
+    assert direct.linear(x, weight, None, None, None, 1.0) is None
+    assert layer(x).shape == (3, 32)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -17,13 +17,6 @@ from . import _C, isa
 from .checks import Packed
 
 _is_compiling = torch.compiler.is_compiling
-_function_modes = torch._C._len_torch_function_stack
-_profiler_is_on = torch._C._autograd._profiler_enabled
-_keys = torch._C._dispatch_tls_local_include_set
-
-# The dispatch keys that a thread adds to every call: these, and each mode adds one of its own.
-_INFERENCE = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
-_NORMAL = _INFERENCE.add(torch._C.DispatchKey.ADInplaceOrView)
 
 
 def _setup() -> bool:
@@ -31,8 +24,18 @@ def _setup() -> bool:
     return api is not None and _C.nf4_linear_direct_setup(Tensor, torch.nn.Parameter, torch.empty, api)
 
 
-#: Whether this torch lets its tensors be read from C.
-AVAILABLE: bool = _setup()
+#: Whether this torch lets its tensors be read from C, and its state be asked: it promises none of these.
+AVAILABLE: bool
+try:
+    _function_modes = torch._C._len_torch_function_stack
+    _profiler_is_on = torch._C._autograd._profiler_enabled
+    _keys = torch._C._dispatch_tls_local_include_set
+    # The dispatch keys that a thread adds to every call: these, and each mode adds one of its own.
+    _INFERENCE = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+    _NORMAL = _INFERENCE.add(torch._C.DispatchKey.ADInplaceOrView)
+    AVAILABLE = _setup()
+except AttributeError:
+    AVAILABLE = False
 
 
 def linear(
@@ -44,7 +47,7 @@ def linear(
     scaling: float,
 ) -> Tensor | None:
     """``nf4_linear``, where no gradient is wanted, or None: call the op."""
-    if _is_compiling() or _function_modes() or _profiler_is_on():
+    if not AVAILABLE or _is_compiling() or _function_modes() or _profiler_is_on():
         return None
     keys = _keys()
     if keys != _NORMAL and keys != _INFERENCE:  # noqa: PLR1714 (a DispatchKeySet has no hash, and `in` is slower)
