@@ -155,7 +155,10 @@ def test_scales_may_lie_at_any_byte():
 def test_opcheck(op):
     q, plain = quantize_nf4(randn(5, 123)), quantize_nf4(randn(5, 123), double_quant=False)
     cases = {
-        "nf4_quantize": [(randn(5, 123), 64, True), (randn(3, 4, 6, dtype=torch.bfloat16), 32, False)],
+        "nf4_quantize": [
+            (randn(5, 123), 64, True, True),
+            (randn(3, 4, 6, dtype=torch.bfloat16), 32, False, False),
+        ],
         "nf4_dequantize": [
             (q.packed, q.scales, q.nested, 123, 64, torch.bfloat16),
             (plain.packed, plain.scales, None, 123, 64, torch.float32),

@@ -79,7 +79,7 @@ def test_forked_child(two_threads: None) -> None:
     weight = torch.randn(200, 640)
 
     def everything() -> list[bytes]:
-        return bits((*run(inputs), *op.nf4_quantize(weight, 64, True)))
+        return bits((*run(inputs), *op.nf4_quantize(weight, 64, True, True)))
 
     want = everything()  # the parent's pool is up and used
     child = os.fork()
