@@ -15,12 +15,12 @@ struct Bf16Pairs {
 };
 
 struct Avx512Bf16 : Bf16Level, BroadcastMultiply<Bf16Pairs, Bf16Level::kStripRows> {
-  static constexpr int64_t kGroup = 3;         // 8 rows x 3 panels: 24 accumulators
-  static constexpr int64_t kStripBlocks = 8;   // 256 columns: a strip of 16 KiB
-  static constexpr int64_t kPanelBlocks = 8;   // 256 rows of W: 64 KiB of panels, 24 KiB a group
-  static constexpr int64_t kForwardRows = 96;  // with k up to 4608 in one packed block
+  static constexpr int64_t kGroup = 3;          // 8 rows x 3 panels: 24 accumulators
+  static constexpr int64_t kStripBlocks = 8;    // 256 columns: a strip of 16 KiB
+  static constexpr int64_t kPanelBlocks = 8;    // 256 rows of W: 64 KiB of panels, 24 KiB a group
+  static constexpr int64_t kForwardRows = 144;  // with k up to 4608 in one packed block, streamed from L2 and L3
   static constexpr int64_t kBackwardRows = 96;
-  static constexpr int64_t kPackedBytes = 864 << 10;
+  static constexpr int64_t kPackedBytes = 1296 << 10;
 };
 
 }  // namespace
