@@ -1,8 +1,8 @@
-"""More than 2^31 weights through the real kernels, in a few megabytes of memory.
+"""Outputs too large for the caches, and more than 2^31 weights in a few megabytes of memory.
 
-The gigabytes are address space alone: one small file, mapped again and again up to element 2^31, and a
-second file beyond. An offset cut to 32 bits, signed or not, would read and write the first part instead of
-the second, or fall outside of the mapping.
+For the latter the gigabytes are address space alone: one small file, mapped again and again up to element
+2^31, and a second file beyond. An offset cut to 32 bits, signed or not, would read and write the first part
+instead of the second, or fall outside of the mapping.
 """
 
 import ctypes
@@ -12,10 +12,8 @@ import pytest
 import torch
 from bits import assert_same_bits
 
-from fastlora import _C, reference
+from fastlora import _C, ops, reference
 from fastlora import isa as levels
-
-pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux's memfd_create")
 
 CHUNK = 1 << 24  # bytes of the repeated file
 PROT_READ_WRITE, MAP_SHARED, MAP_FIXED, MAP_PRIVATE, MAP_ANONYMOUS, MAP_NORESERVE = (
@@ -74,6 +72,7 @@ def wide_levels():
 SHAPES = [(2**14 + 1, 2**17), (2**15 + 1, 2**16 + 1), (2, 2**30 + 2**20 + 1)]
 
 
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs Linux's memfd_create")
 @pytest.mark.parametrize("level", wide_levels())
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_past_two_to_the_31(shape, level):
@@ -127,3 +126,48 @@ def test_past_two_to_the_31(shape, level):
         want = reference.nf4_dequantize(codes, want_absmax, blocksize, torch.bfloat16)
         assert_same_bits(weight[count - span :].clone(), want[-span:], "dequantised past 2^31")
         del weight, packed, last_row
+
+
+STREAMED = 32 << 20  # bytes of output from which it is stored past the caches: kStreamBytes of the driver
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("level", wide_levels())
+@pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+def test_output_past_the_caches(level, dtype, nested):
+    """Aligned, and one element off; a last block, a last vector and a last byte that are not full."""
+    blocksize, count = 64, STREAMED // dtype.itemsize + 64 * 64 + 37
+    blocks, code = -(-count // blocksize), ops.DTYPE_CODE[dtype]
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randint(0, 256, ((count + 1) // 2,), dtype=torch.uint8, generator=generator)
+    absmax = torch.rand(blocks, generator=generator) + 0.01
+    absmax[7], absmax[8] = float("inf"), float("nan")
+    scales, second = absmax.view(torch.uint8), None
+    if nested:
+        scales = torch.randint(0, 256, (blocks,), dtype=torch.uint8, generator=generator)
+        second = torch.rand(1 + -(-blocks // 256), generator=generator).view(torch.uint8)
+
+    def dequantize(level, out, first):
+        before, after = out[:first].clone(), out[first + count :].clone()
+        status = _C.nf4_dequantize(
+            packed.data_ptr(),
+            scales.data_ptr(),
+            0 if second is None else second.data_ptr(),
+            1,
+            count,
+            blocksize,
+            out[first:].data_ptr(),
+            code,
+            2,
+            levels.LEVELS[level],
+        )
+        assert status == 0
+        assert_same_bits(out[:first], before, "before the output")
+        assert_same_bits(out[first + count :], after, "after the output")
+        return out[first : first + count]
+
+    want = dequantize("scalar", torch.zeros(count, dtype=dtype), 0)
+    held = torch.zeros(count + 128, dtype=dtype)
+    aligned = -held.data_ptr() % 64 // dtype.itemsize
+    for first in (aligned, aligned + 1):
+        assert_same_bits(dequantize(level, held.zero_(), first), want, f"{level}, {first - aligned} off")

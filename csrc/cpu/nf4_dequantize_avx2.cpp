@@ -20,6 +20,16 @@ inline __m256i round_to_bf16(__m256 f) {
   return _mm256_blendv_epi8(rounded, quiet, nan);
 }
 
+// To an address that is a multiple of 32 where kStream.
+template <bool kStream>
+inline void store256(void* p, __m256i v) {
+  if constexpr (kStream) {
+    _mm256_stream_si256(static_cast<__m256i*>(p), v);
+  } else {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), v);
+  }
+}
+
 // 16 values of D. float32: as they are; 16-bit types: their low bytes and their high bytes, in both lanes.
 template <DType D>
 struct Table {
@@ -51,13 +61,14 @@ struct Table {
   }
 
   // 32 codes, one a byte, to 32 values at `out`.
+  template <bool kStream>
   void look_up(__m256i codes, void* out) const {
     if constexpr (D == DType::kFloat32) {
       auto* y = static_cast<float*>(out);
       __m128i sixteen = _mm256_castsi256_si128(codes);
       for (int part = 0; part < 2; ++part) {
-        store8(y + 16 * part, sixteen);
-        store8(y + 16 * part + 8, _mm_srli_si128(sixteen, 8));
+        store8<kStream>(y + 16 * part, sixteen);
+        store8<kStream>(y + 16 * part + 8, _mm_srli_si128(sixteen, 8));
         sixteen = _mm256_extracti128_si256(codes, 1);
       }
     } else {
@@ -65,18 +76,19 @@ struct Table {
       const __m256i a = _mm256_unpacklo_epi8(lows, highs);  // values 0..7 and 16..23
       const __m256i b = _mm256_unpackhi_epi8(lows, highs);  // values 8..15 and 24..31
       auto* y = static_cast<__m256i*>(out);
-      _mm256_storeu_si256(y, _mm256_permute2x128_si256(a, b, 0x20));
-      _mm256_storeu_si256(y + 1, _mm256_permute2x128_si256(a, b, 0x31));
+      store256<kStream>(y, _mm256_permute2x128_si256(a, b, 0x20));
+      store256<kStream>(y + 1, _mm256_permute2x128_si256(a, b, 0x31));
     }
   }
 
  private:
+  template <bool kStream>
   void store8(float* y, __m128i codes) const {
     const __m256i index = _mm256_cvtepu8_epi32(codes);
     const __m256 of_low = _mm256_permutevar8x32_ps(_mm256_castsi256_ps(low), index);
     const __m256 of_high = _mm256_permutevar8x32_ps(_mm256_castsi256_ps(high), index);
     const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 to the sign
-    _mm256_storeu_ps(y, _mm256_blendv_ps(of_low, of_high, is_high));
+    store256<kStream>(y, _mm256_castps_si256(_mm256_blendv_ps(of_low, of_high, is_high)));
   }
 };
 
@@ -88,11 +100,16 @@ inline __m256i unpack32(__m128i bytes) {
 }
 
 struct Avx2Level {
-  template <DType D>
+  static constexpr bool kStreams = true;
+  static void drain() { _mm_sfence(); }
+
+  template <DType D, bool kStream>
   void decode(const uint8_t* packed, int64_t count, float absmax, void* out) {
     const Table<D> table(absmax);
     int64_t i = 0;
-    for (; i + 32 <= count; i += 32) table.look_up(unpack32(load128(packed + i / 2)), element_ptr(out, i, D));
+    for (; i + 32 <= count; i += 32) {
+      table.template look_up<kStream>(unpack32(load128(packed + i / 2)), element_ptr(out, i, D));
+    }
     if (i < count) {
       alignas(16) uint8_t bytes[16] = {};
       std::memcpy(bytes, packed + i / 2, static_cast<size_t>((count - i + 1) / 2));
@@ -106,7 +123,7 @@ struct Avx2Level {
     for (int64_t i = 0; i < count; i += 32) {
       const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i));
       if (i + 32 <= count) {
-        table.look_up(c, element_ptr(out, i, D));
+        table.template look_up<false>(c, element_ptr(out, i, D));
       } else {
         store_tail(table, c, count - i, element_ptr(out, i, D));
       }
@@ -125,7 +142,7 @@ struct Avx2Level {
   template <DType D>
   static void store_tail(const Table<D>& table, __m256i codes, int64_t count, void* out) {
     alignas(32) unsigned char values[32 * (D == DType::kFloat32 ? 4 : 2)];
-    table.look_up(codes, values);
+    table.template look_up<false>(codes, values);
     std::memcpy(out, values, static_cast<size_t>(count * dtype_bytes(D)));
   }
 };

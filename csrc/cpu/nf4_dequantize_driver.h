@@ -1,8 +1,11 @@
 // nf4_dequantize, less the arithmetic. A level's file gives a struct `Level` (in its anonymous namespace, so
 // that nothing instantiated here can leak into another level) with
 //
-//   void decode<D>(const uint8_t* packed, int64_t count, float absmax, void* out)
-//       code * absmax in float32, rounded once to D; reads ceil(count / 2) bytes
+//   constexpr bool kStreams;   whether it has stores that go past the caches
+//   void decode<D, kStream>(const uint8_t* packed, int64_t count, float absmax, void* out)
+//       code * absmax in float32, rounded once to D; reads ceil(count / 2) bytes. kStream: past the caches, to an
+//       `out` that is a multiple of 64
+//   void drain()   after streaming: makes it visible to other threads before anything stored later
 //   void decode_bytes<D>(const uint8_t* codes, int64_t count, float absmax, void* out)   one code a byte;
 //       may read kDecodeSlack bytes more
 //   void unpack(const uint8_t* packed, int64_t count, uint8_t* codes)   reads ceil(count / 2) bytes, may write
@@ -17,18 +20,25 @@ namespace fastlora::cpu {
 static constexpr int64_t kDecodeStrip = 4096;  // columns unpacked at a time, where bytes and blocks do not line up
 static constexpr int64_t kDecodeSlack = 64;
 
+// An output of at least this many bytes is stored past the caches. An ordinary store first reads the line that it
+// is about to overwrite, two fifths of all traffic; but an output that fits the last-level cache is read from
+// there next. Measured with 32 MiB of that cache, dequantise and then read: 16 MiB 3 % slower, 64 MiB 8 % faster.
+static constexpr int64_t kStreamBytes = int64_t{32} << 20;
+static constexpr uintptr_t kStreamAlignment = 64;  // blocks are multiples of 32 elements, so every one starts so
+
 struct DequantizeJob {
   const Nf4DequantizeArgs& args;
   Nf4Walk walk;
   const float* map;
 };
 
-template <class Level, DType D>
+template <class Level, DType D, bool kStream>
 static void dequantize_flat_item(Level& level, const DequantizeJob& job, const Nf4Item& item) {
   const Nf4Weight& w = job.args.weight;
-  for (int64_t i = item.col_begin; i < item.col_end; i += w.blocksize) {
-    level.template decode<D>(w.packed + i / 2, min64(w.blocksize, item.col_end - i),
-                             block_absmax(w.scales, job.map, i / w.blocksize), element_ptr(job.args.out, i, D));
+  int64_t block = item.col_begin / w.blocksize;
+  for (int64_t i = item.col_begin; i < item.col_end; i += w.blocksize, ++block) {
+    level.template decode<D, kStream>(w.packed + i / 2, min64(w.blocksize, item.col_end - i),
+                                      block_absmax(w.scales, job.map, block), element_ptr(job.args.out, i, D));
   }
 }
 
@@ -51,33 +61,40 @@ static void dequantize_ragged_item(Level& level, const DequantizeJob& job, const
   }
 }
 
-template <class Level, DType D>
+template <class Level, DType D, bool kStream>
 static void dequantize_range(void* context, int64_t begin, int64_t end) {
   const auto& job = *static_cast<const DequantizeJob*>(context);
   Level level;
   for (int64_t index = begin; index < end; ++index) {
     const Nf4Item item = nf4_item(job.walk, index);
     if (job.walk.flat) {
-      dequantize_flat_item<Level, D>(level, job, item);
+      dequantize_flat_item<Level, D, kStream>(level, job, item);
     } else {
       dequantize_ragged_item<Level, D>(level, job, item);
     }
   }
+  if constexpr (kStream) Level::drain();
+}
+
+template <class Level, DType D>
+static void dequantize_as(DequantizeJob& job) {
+  const Nf4Weight& w = job.args.weight;
+  auto* range = dequantize_range<Level, D, false>;
+  if constexpr (Level::kStreams) {
+    const bool aligned = reinterpret_cast<uintptr_t>(job.args.out) % kStreamAlignment == 0;
+    const bool large = w.n * w.k >= kStreamBytes / dtype_bytes(D);
+    if (job.walk.flat && aligned && large) range = dequantize_range<Level, D, true>;
+  }
+  parallel_ranges(job.walk.items, job.args.threads, range, &job);
 }
 
 template <class Level>
 static Status dequantize_with(const Nf4DequantizeArgs& args) {
   DequantizeJob job{args, nf4_walk(args.weight.n, args.weight.k), nf4_dynamic_map()};
   switch (args.dtype) {
-    case DType::kFloat32:
-      parallel_ranges(job.walk.items, args.threads, dequantize_range<Level, DType::kFloat32>, &job);
-      break;
-    case DType::kBFloat16:
-      parallel_ranges(job.walk.items, args.threads, dequantize_range<Level, DType::kBFloat16>, &job);
-      break;
-    case DType::kFloat16:
-      parallel_ranges(job.walk.items, args.threads, dequantize_range<Level, DType::kFloat16>, &job);
-      break;
+    case DType::kFloat32: dequantize_as<Level, DType::kFloat32>(job); break;
+    case DType::kBFloat16: dequantize_as<Level, DType::kBFloat16>(job); break;
+    case DType::kFloat16: dequantize_as<Level, DType::kFloat16>(job); break;
     default: return Status::kBadArgument;
   }
   return Status::kOk;

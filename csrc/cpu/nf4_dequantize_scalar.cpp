@@ -7,7 +7,9 @@ namespace fastlora::cpu {
 namespace {
 
 struct ScalarLevel {
-  template <DType D>
+  static constexpr bool kStreams = false;
+
+  template <DType D, bool kStream>
   void decode(const uint8_t* packed, int64_t count, float absmax, void* out) {
     for (int64_t i = 0; i < count; ++i) {
       const int code = i % 2 == 0 ? packed[i / 2] >> 4 : packed[i / 2] & 15;
