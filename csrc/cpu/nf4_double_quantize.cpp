@@ -104,27 +104,58 @@ const DynamicMap& dynamic_map() {
   return map;
 }
 
-// The sum of float32 values to about 106 bits (float64 sums and their running errors, in eight independent
-// chains), so that the mean is the correctly rounded one in any order of summation.
-double exact_mean(const float* values, int64_t count) {
+// A sum of float32 values to about 106 bits: float64 and its running error.
+struct ExactSum {
+  double sum = 0.0, error = 0.0;
+  void add(double value) {
+    const double next = sum + value;
+    const double shadow = next - sum;
+    error += (sum - (next - shadow)) + (value - shadow);
+    sum = next;
+  }
+  void add(const ExactSum& other) {
+    add(other.sum);
+    error += other.error;
+  }
+};
+
+// In eight independent chains.
+ExactSum exact_sum(const float* values, int64_t count) {
   constexpr int kChains = 8;
-  double sum[kChains] = {}, error[kChains] = {};
-  auto add = [&](int chain, double value) {
-    const double next = sum[chain] + value;
-    const double shadow = next - sum[chain];
-    error[chain] += (sum[chain] - (next - shadow)) + (value - shadow);
-    sum[chain] = next;
-  };
+  ExactSum chains[kChains];
   int64_t i = 0;
   for (; i + kChains <= count; i += kChains) {
-    for (int chain = 0; chain < kChains; ++chain) add(chain, static_cast<double>(values[i + chain]));
+    for (int chain = 0; chain < kChains; ++chain) chains[chain].add(static_cast<double>(values[i + chain]));
   }
-  for (; i < count; ++i) add(0, static_cast<double>(values[i]));
-  for (int chain = 1; chain < kChains; ++chain) {
-    add(0, sum[chain]);
-    error[0] += error[chain];
+  for (; i < count; ++i) chains[0].add(static_cast<double>(values[i]));
+  for (int chain = 1; chain < kChains; ++chain) chains[0].add(chains[chain]);
+  return chains[0];
+}
+
+// The mean in parallel over chunks that depend on the count alone, added up in their order: the same bits for any
+// number of threads, and the correctly rounded mean.
+constexpr int64_t kMeanChunks = 64;
+
+struct MeanJob {
+  const float* values;
+  int64_t count, chunk;
+  ExactSum sums[kMeanChunks];
+};
+
+void mean_range(void* context, int64_t begin, int64_t end) {
+  auto& job = *static_cast<MeanJob*>(context);
+  for (int64_t c = begin; c < end; ++c) {
+    job.sums[c] = exact_sum(job.values + c * job.chunk, min64(job.chunk, job.count - c * job.chunk));
   }
-  return count == 0 ? 0.0 : (sum[0] + error[0]) / static_cast<double>(count);
+}
+
+double exact_mean(const float* values, int64_t count, int32_t threads) {
+  if (count == 0) return 0.0;
+  MeanJob job{values, count, max64(4096, ceil_div(count, kMeanChunks)), {}};
+  const int64_t chunks = ceil_div(count, job.chunk);
+  parallel_ranges(chunks, threads, mean_range, &job);
+  for (int64_t c = 1; c < chunks; ++c) job.sums[0].add(job.sums[c]);
+  return (job.sums[0].sum + job.sums[0].error) / static_cast<double>(count);
 }
 
 struct DoubleQuantizeJob {
@@ -171,7 +202,7 @@ const uint16_t* nf4_dynamic_map_planes() { return &dynamic_map().planes[0][0]; }
 
 Status nf4_double_quantize(const Nf4DoubleQuantizeArgs& args) {
   if (args.blocks < 0) return Status::kBadArgument;
-  DoubleQuantizeJob job{args, static_cast<float>(exact_mean(args.absmax, args.blocks))};
+  DoubleQuantizeJob job{args, static_cast<float>(exact_mean(args.absmax, args.blocks, args.threads))};
   std::memcpy(args.nested, &job.offset, 4);
   parallel_ranges(ceil_div(args.blocks, kNestedBlocksize), args.threads, double_quantize_range, &job);
   return Status::kOk;

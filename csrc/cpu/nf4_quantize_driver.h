@@ -14,7 +14,7 @@
 
 namespace fastlora::cpu {
 
-static constexpr int64_t kStrip = 4096;  // columns coded at a time where bytes and blocks do not line up
+static constexpr int64_t kStrip = kMaxBlocksize;  // columns at a time
 static constexpr int64_t kSlack = 64;
 static constexpr uint8_t kZeroCode = 7;
 
@@ -26,40 +26,40 @@ struct QuantizeJob {
   bool finite;  // only ever cleared
 };
 
-// Below this an absmax divides as if it were this one, so that the inverse stays finite.
-static constexpr float kTinyAbsmax = 1e-38f;
+// Below 1e-38 an absmax divides as if it were this, so that the inverse stays finite. The last block, where it is
+// not full, is divided; every other one is multiplied by a rounded inverse.
+static inline float divisor_of(float absmax) { return absmax < 1e-38f ? 1e-38f : absmax; }
 
-// The last block, where it is not full, is divided; every other one is multiplied by a rounded inverse.
-template <class Level, DType D, bool kToBytes>
-static void encode_part(Level& level, const QuantizeJob<Level>& job, int64_t block, float absmax, int64_t first,
-                        int64_t count, uint8_t* out) {
-  const float divisor = absmax < kTinyAbsmax ? kTinyAbsmax : absmax;
-  const void* x = element_ptr(job.args.weight, first, D);
-  if ((block + 1) * job.args.blocksize > job.count) {
-    if constexpr (kToBytes) {
-      level.template encode_bytes<D, true>(x, count, divisor, out);
-    } else {
-      level.template encode<D, true>(x, count, divisor, out);
-    }
-  } else {
-    if constexpr (kToBytes) {
-      level.template encode_bytes<D, false>(x, count, 1.0f / divisor, out);
-    } else {
-      level.template encode<D, false>(x, count, 1.0f / divisor, out);
-    }
-  }
-}
-
+// In strips that stay in L1: every block's absmax, their inverses, then every block's codes. Taken block by block,
+// codes wait for the whole chain of a maximum and its inverse, and a core looks ahead only to the next block or
+// two.
 template <class Level, DType D>
 static bool quantize_flat_item(Level& level, const QuantizeJob<Level>& job, const Nf4Item& item) {
   const Nf4QuantizeArgs& a = job.args;
+  const int64_t blocksize = a.blocksize;
   bool finite = true;
-  for (int64_t i = item.col_begin; i < item.col_end; i += a.blocksize) {
-    const int64_t block = i / a.blocksize, count = min64(a.blocksize, item.col_end - i);
-    const float absmax = level.template absmax<D>(element_ptr(a.weight, i, D), count);
-    finite = finite && absmax <= 3.4028234663852886e38f;
-    a.absmax[block] = absmax;
-    encode_part<Level, D, false>(level, job, block, absmax, i, count, a.packed + i / 2);
+  for (int64_t strip = item.col_begin; strip < item.col_end; strip += kStrip) {
+    const int64_t end = min64(strip + kStrip, item.col_end), blocks = ceil_div(end - strip, blocksize);
+    const void* x = element_ptr(a.weight, strip, D);
+    uint8_t* packed = a.packed + strip / 2;
+    float absmax[kStrip / kMinBlocksize], inverse[kStrip / kMinBlocksize];
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t count = min64(blocksize, end - strip - b * blocksize);
+      absmax[b] = level.template absmax<D>(element_ptr(x, b * blocksize, D), count);
+      finite = finite && absmax[b] <= 3.4028234663852886e38f;
+    }
+    std::memcpy(a.absmax + strip / blocksize, absmax, static_cast<size_t>(blocks) * 4);
+    for (int64_t b = 0; b < blocks; ++b) inverse[b] = 1.0f / divisor_of(absmax[b]);
+    const int64_t full = (end - strip) / blocksize;
+    for (int64_t b = 0; b < full; ++b) {
+      const int64_t i = b * blocksize;
+      level.template encode<D, false>(element_ptr(x, i, D), blocksize, inverse[b], packed + i / 2);
+    }
+    if (full < blocks) {
+      const int64_t i = full * blocksize;
+      level.template encode<D, true>(element_ptr(x, i, D), end - strip - i, divisor_of(absmax[full]),
+                                     packed + i / 2);
+    }
   }
   return finite;
 }
@@ -89,8 +89,13 @@ static bool quantize_ragged_item(Level& level, const QuantizeJob<Level>& job, co
       for (int64_t col = strip; col < strip_end;) {
         const int64_t i = row * cols + col, block = i / a.blocksize;
         const int64_t count = min64(strip_end - col, (block + 1) * a.blocksize - i);
-        encode_part<Level, D, true>(level, job, block, absmax[block - first_block], i, count,
-                                    codes + (col - strip));
+        const float divisor = divisor_of(absmax[block - first_block]);
+        const void* x = element_ptr(a.weight, i, D);
+        if ((block + 1) * a.blocksize > job.count) {
+          level.template encode_bytes<D, true>(x, count, divisor, codes + (col - strip));
+        } else {
+          level.template encode_bytes<D, false>(x, count, 1.0f / divisor, codes + (col - strip));
+        }
         col += count;
       }
       const int64_t width = strip_end - strip;

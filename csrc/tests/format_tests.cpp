@@ -167,7 +167,7 @@ void dequantize_case(Rng& rng, Place place) {
 }
 
 void double_quantize_case(Rng& rng, Place place) {
-  constexpr int64_t kBlocks[] = {0, 1, 2, 7, 255, 256, 257, 511, 512, 513, 1000};
+  constexpr int64_t kBlocks[] = {0, 1, 2, 7, 255, 256, 257, 511, 512, 513, 1000, 4097, 9001};
   const int64_t blocks = rng.pick(kBlocks), groups = ceil_div(blocks, kNestedBlocksize);
   Tensor absmax(place, blocks, DType::kFloat32);
   const float spread = rng.coin() ? 1e-3f : 1.0f;
@@ -178,6 +178,7 @@ void double_quantize_case(Rng& rng, Place place) {
   }
   const float offset = blocks == 0 ? 0.0f : static_cast<float>(sum / static_cast<double>(blocks));
   const float* map = nf4_dynamic_map();
+  Buffer first_codes(Place::kHeap, blocks, 1), first_nested(Place::kHeap, 4 * (1 + groups), 1);
   for (const int32_t threads : {1, 3}) {
     set_case("nf4_double_quantize %lld blocks threads %d %s", static_cast<long long>(blocks), threads,
              place_name(place));
@@ -188,6 +189,11 @@ void double_quantize_case(Rng& rng, Place place) {
                                      .nested = nested.bytes(),
                                      .threads = threads};
     check(nf4_double_quantize(args) == Status::kOk, "status");
+    if (threads == 1) {
+      std::memcpy(first_codes.bytes(), codes.bytes(), codes.size());
+      std::memcpy(first_nested.bytes(), nested.bytes(), nested.size());
+    }
+    check(codes.equals(first_codes) && nested.equals(first_nested), "differs from one thread");
     const auto got_offset = cpu::load_unaligned<float>(nested.bytes());
     check(std::fabs(got_offset - offset) <= 1e-6f * std::fabs(offset), "offset %g, expected %g",
           static_cast<double>(got_offset), static_cast<double>(offset));
