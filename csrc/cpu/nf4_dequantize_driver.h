@@ -17,7 +17,7 @@
 
 namespace fastlora::cpu {
 
-static constexpr int64_t kDecodeStrip = 4096;  // columns unpacked at a time, where bytes and blocks do not line up
+static constexpr int64_t kDecodeStrip = kMaxBlocksize;  // columns at a time
 static constexpr int64_t kDecodeSlack = 64;
 
 // An output of at least this many bytes is stored past the caches. An ordinary store first reads the line that it
@@ -32,13 +32,32 @@ struct DequantizeJob {
   const float* map;
 };
 
+// absmax of the blocks of one strip, which share a second-level scale: a strip starts at a multiple of its length,
+// and its blocks are a power of two, fewer than kNestedBlocksize.
+static void decode_strip_absmax(const DequantizeJob& job, int64_t first, int64_t blocks, float* absmax) {
+  const Nf4Scales& scales = job.args.weight.scales;
+  if (scales.nested == nullptr) {
+    std::memcpy(absmax, scales.codes + first * 4, static_cast<size_t>(blocks) * 4);
+    return;
+  }
+  const float offset = load_unaligned<float>(scales.nested);
+  const float scale = load_unaligned<float>(scales.nested + (1 + first / kNestedBlocksize) * 4);
+  for (int64_t b = 0; b < blocks; ++b) absmax[b] = job.map[scales.codes[first + b]] * scale + offset;
+}
+static_assert(kDecodeStrip / kMinBlocksize <= kNestedBlocksize && kDecodeStrip % kMaxBlocksize == 0);
+
 template <class Level, DType D, bool kStream>
 static void dequantize_flat_item(Level& level, const DequantizeJob& job, const Nf4Item& item) {
   const Nf4Weight& w = job.args.weight;
-  int64_t block = item.col_begin / w.blocksize;
-  for (int64_t i = item.col_begin; i < item.col_end; i += w.blocksize, ++block) {
-    level.template decode<D, kStream>(w.packed + i / 2, min64(w.blocksize, item.col_end - i),
-                                      block_absmax(w.scales, job.map, block), element_ptr(job.args.out, i, D));
+  float absmax[kDecodeStrip / kMinBlocksize];
+  for (int64_t strip = item.col_begin; strip < item.col_end; strip += kDecodeStrip) {
+    const int64_t end = min64(strip + kDecodeStrip, item.col_end), blocks = ceil_div(end - strip, w.blocksize);
+    decode_strip_absmax(job, strip / w.blocksize, blocks, absmax);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const int64_t i = strip + b * w.blocksize;
+      level.template decode<D, kStream>(w.packed + i / 2, min64(w.blocksize, end - i), absmax[b],
+                                        element_ptr(job.args.out, i, D));
+    }
   }
 }
 
