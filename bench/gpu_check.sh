@@ -25,7 +25,7 @@ arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -
 step build "$python" -m pip install --no-build-isolation --no-deps --force-reinstall . \
   --config-settings=cmake.define.FASTLORA_CUDA=ON --config-settings=cmake.define.FASTLORA_CUDA_ARCHS="$arch"
 [ $failed -eq 0 ] || exit 1
-step tests "$python" -m pytest -q -p no:cacheprovider tests -k "cuda and not emulated"
+step tests "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py tests/test_nf4_levels.py -k "cuda and not emulated"
 if command -v compute-sanitizer >/dev/null; then
   for check in memcheck racecheck; do
     step "$check" compute-sanitizer --tool "$check" --error-exitcode 9 "$python" -m pytest -q -p no:cacheprovider \
