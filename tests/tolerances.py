@@ -1,12 +1,14 @@
 """What rounding may cost: the one table that every comparison with the float64 reference uses.
 
-Two bounds hold at once. `frobenius` bounds ‖got - want‖ / ‖want‖ over a whole result. Elementwise it is
+Two bounds hold at once. `frobenius` bounds ‖got - want‖ / ‖want‖ over a whole result: twice what is typical,
+because at rank 1 the rounding of s·B may be one and the same for all elements. Elementwise it is
 
     products·Σ|x||w| + peak·max|x|·Σ|w| + low_rank·|s|·Σ|u||b| + output·|y| + smallest
 
 where Σ|u| itself is taken with magnitudes: products for the rounding of W and for the accumulation, peak for
 routes that turn a row of x into integers of one scale, low_rank for the rounding of u (or v) and of the
-adapters to x's dtype, output for the last rounding. Half an ulp is 2^-9 in bfloat16, 2^-12 in float16.
+adapters to x's dtype (three roundings: s·B, u or v, A), output for the last rounding. A rounding is at most
+2^-8 of the value in bfloat16, 2^-11 in float16.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class Tolerance:
 
 TOLERANCES = {
     torch.float32: Tolerance(3e-6, 4e-6, 0.0, 8e-6, 1e-6, 1e-36),
-    torch.bfloat16: Tolerance(4e-3, 2**-8, 2**-15, 2**-7, 2**-8, 1e-36),
+    torch.bfloat16: Tolerance(5e-3, 2**-8, 2**-15, 3.1 * 2**-8, 2**-8, 1e-36),
     torch.float16: Tolerance(1e-3, 2**-8, 2**-15, 2**-9, 2**-11, 2**-24),
 }
 
