@@ -53,7 +53,9 @@ def _fastlora(weight: Tensor, rank: int) -> tuple[nn.Module, int]:
 
 
 def _peft_on_bitsandbytes(weight: Tensor, rank: int) -> tuple[nn.Module, int]:
-    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # it advises optional downloads
+    # They advise optional downloads, and tell of CUDA parts that a CPU build lacks.
+    for talker in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(talker).setLevel(logging.CRITICAL)
     import bitsandbytes
     import peft
 
