@@ -1,10 +1,7 @@
 // pybind11 over the kernel entry points: raw addresses and sizes in, a status out. No arithmetic, no torch.
 // ops.py has checked every size against the tensor an address came from.
-#include <pybind11/pybind11.h>
+#include "bindings.h"
 
-#ifdef FASTLORA_WITH_CUDA
-#include "bindings_cuda.h"
-#endif
 #include "fastlora/cpu.h"
 #include "fastlora/lora_dropout.h"
 #include "fastlora/nf4.h"
@@ -15,20 +12,6 @@ namespace py = pybind11;
 using namespace fastlora;
 
 namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-Nf4Weight weight_at(uintptr_t packed, uintptr_t scales, uintptr_t nested, int64_t n, int64_t k,
-                    int64_t blocksize) {
-  return {.packed = at<const uint8_t>(packed),
-          .scales = {.codes = at<const uint8_t>(scales), .nested = at<const uint8_t>(nested)},
-          .n = n,
-          .k = k,
-          .blocksize = blocksize};
-}
 
 int32_t bind_nf4_quantize(uintptr_t weight, int32_t dtype, int64_t rows, int64_t cols, int64_t blocksize,
                           uintptr_t packed, uintptr_t absmax, int32_t threads, int32_t isa) {

@@ -1,4 +1,5 @@
-#include "bindings_cuda.h"
+// The CUDA entry points as Python functions.
+#include "bindings.h"
 
 #include "fastlora/cuda.h"
 
@@ -6,11 +7,6 @@ namespace py = pybind11;
 
 namespace fastlora {
 namespace {
-
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 int32_t bind_nf4_quantize(uintptr_t weight, uintptr_t map, uintptr_t packed, uintptr_t absmax, uintptr_t codes,
                           uintptr_t nested, uintptr_t partials, uintptr_t not_finite, int32_t dtype, int64_t rows,
@@ -32,16 +28,11 @@ int32_t bind_nf4_quantize(uintptr_t weight, uintptr_t map, uintptr_t packed, uin
 
 int32_t bind_nf4_dequantize(uintptr_t packed, uintptr_t scales, uintptr_t nested, uintptr_t map, uintptr_t out,
                             int32_t dtype, int64_t n, int64_t k, int64_t blocksize, uintptr_t stream) {
-  return static_cast<int32_t>(
-      nf4_dequantize_cuda({.weight = {.packed = at<const uint8_t>(packed),
-                                      .scales = {at<const uint8_t>(scales), at<const uint8_t>(nested)},
-                                      .n = n,
-                                      .k = k,
-                                      .blocksize = blocksize},
-                           .map = at<const float>(map),
-                           .out = at<void>(out),
-                           .dtype = static_cast<DType>(dtype),
-                           .stream = at<void>(stream)}));
+  return static_cast<int32_t>(nf4_dequantize_cuda({.weight = weight_at(packed, scales, nested, n, k, blocksize),
+                                                   .map = at<const float>(map),
+                                                   .out = at<void>(out),
+                                                   .dtype = static_cast<DType>(dtype),
+                                                   .stream = at<void>(stream)}));
 }
 
 }  // namespace

@@ -1,8 +1,6 @@
 // The module _emulator, for tests: the CUDA entry points as _C.cuda has them, run by the emulator, and its
 // controls.
-#include <pybind11/pybind11.h>
-
-#include "bindings_cuda.h"
+#include "bindings.h"
 #include "launch.h"
 #include "tests/emulated.h"
 #include "tests/testing.h"
@@ -18,7 +16,6 @@ PYBIND11_MODULE(_emulator, m) {
   });
   m.def("remove_buffer", [](uintptr_t base) { emulator::remove_buffer(reinterpret_cast<const void*>(base)); });
   m.def("set_seed", &emulator::set_seed);
-  m.def("take_fault", &emulator::take_fault);
   // csrc/tests: whether every check held; what failed is on standard error.
   m.def("self_test", [] {
     testing::test_emulator();

@@ -1,0 +1,28 @@
+// What the files that bind entry points to Python share: addresses as Python has them, and the CUDA half.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "fastlora/nf4.h"
+
+namespace fastlora {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+inline Nf4Weight weight_at(uintptr_t packed, uintptr_t scales, uintptr_t nested, int64_t n, int64_t k,
+                           int64_t blocksize) {
+  return {.packed = at<const uint8_t>(packed),
+          .scales = {.codes = at<const uint8_t>(scales), .nested = at<const uint8_t>(nested)},
+          .n = n,
+          .k = k,
+          .blocksize = blocksize};
+}
+
+// For the module _C of a build with CUDA and for the emulator's: nf4_quantize, nf4_dequantize, device_count,
+// error; addresses, sizes and a stream in, a status out.
+void bind_cuda(pybind11::module_& m);
+
+}  // namespace fastlora
