@@ -40,10 +40,7 @@ namespace fastlora::cuda {
 
 inline constexpr uint32_t kAllLanes = 0xffffffffu;
 
-// 8 and 16 bytes moved as one.
-struct alignas(8) Words2 {
-  uint32_t w[2];
-};
+// 16 bytes moved as one.
 struct alignas(16) Words4 {
   uint32_t w[4];
 };
@@ -54,20 +51,12 @@ struct alignas(16) Words4 {
 FASTLORA_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 FASTLORA_DEVICE int thread_count() { return static_cast<int>(blockDim.x); }
 FASTLORA_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
-FASTLORA_DEVICE int block_index_y() { return static_cast<int>(blockIdx.y); }
-FASTLORA_DEVICE int block_index_z() { return static_cast<int>(blockIdx.z); }
 FASTLORA_DEVICE int block_count() { return static_cast<int>(gridDim.x); }
-FASTLORA_DEVICE int block_count_y() { return static_cast<int>(gridDim.y); }
-FASTLORA_DEVICE int block_count_z() { return static_cast<int>(gridDim.z); }
 #else
 FASTLORA_DEVICE int thread_index() { return emulator::thread_index(); }
 FASTLORA_DEVICE int thread_count() { return emulator::thread_count(); }
 FASTLORA_DEVICE int block_index() { return emulator::block_index(0); }
-FASTLORA_DEVICE int block_index_y() { return emulator::block_index(1); }
-FASTLORA_DEVICE int block_index_z() { return emulator::block_index(2); }
 FASTLORA_DEVICE int block_count() { return emulator::block_count(0); }
-FASTLORA_DEVICE int block_count_y() { return emulator::block_count(1); }
-FASTLORA_DEVICE int block_count_z() { return emulator::block_count(2); }
 #endif
 FASTLORA_DEVICE int lane_index() { return thread_index() % 32; }
 FASTLORA_DEVICE int warp_index() { return thread_index() / 32; }
@@ -273,19 +262,6 @@ FASTLORA_DEVICE Words4 load_readonly(const Words4* p FASTLORA_AT) {
 #endif
 }
 
-// 16 bytes used once: past L1, and first to leave L2.
-FASTLORA_DEVICE Words4 load_streaming(const Words4* p FASTLORA_AT) {
-#ifdef __CUDACC__
-  Words4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.w[0]), "=r"(v.w[1]), "=r"(v.w[2]), "=r"(v.w[3])
-               : "l"(p));
-  return v;
-#else
-  return load_global(p, at);
-#endif
-}
-
 template <class T>
 FASTLORA_DEVICE void store_global(T* p, T value FASTLORA_AT) {
 #ifndef __CUDACC__
@@ -342,16 +318,6 @@ FASTLORA_DEVICE uint32_t atomic_add(uint32_t* p, uint32_t value FASTLORA_AT) {
   const uint32_t before = *p;
   *p += value;
   return before;
-#endif
-}
-
-// Of non-negative floats: their bits are ordered as they are.
-FASTLORA_DEVICE void atomic_max(uint32_t* p, uint32_t value FASTLORA_AT) {
-#ifdef __CUDACC__
-  atomicMax(p, value);
-#else
-  emulator::touch_atomic(p, 4, at);
-  if (value > *p) *p = value;
 #endif
 }
 

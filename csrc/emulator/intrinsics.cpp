@@ -109,7 +109,6 @@ int thread_count() { return current().block.grid.shape.threads; }
 int block_index(int axis) { return current().block.index[axis]; }
 int block_count(int axis) { return current().block.grid.shape.grid[axis]; }
 void* shared_memory() { return current().block.shared.base(); }
-int64_t shared_bytes() { return current().block.shared.bytes(); }
 
 void sync_threads(Where at) { current().block.meet_block("a block barrier", 0, thread_count(), at); }
 void sync_named(int barrier, int threads, Where at) {

@@ -15,7 +15,6 @@ int block_index(int axis);
 int block_count(int axis);
 
 void* shared_memory();
-int64_t shared_bytes();
 
 void sync_threads(Where at);
 void sync_named(int barrier, int threads, Where at);

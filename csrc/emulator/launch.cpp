@@ -1,6 +1,5 @@
 #include "launch.h"
 
-#include <cstring>
 #include <utility>
 
 #include "machine.h"
@@ -59,11 +58,6 @@ bool launch(const char* kernel, const int (&grid)[3], int threads, int64_t share
     d.fault = f.message + " (seed " + std::to_string(d.seed) + ")";
     return false;
   }
-  return true;
-}
-
-bool fill_zero(void* base, int64_t bytes) {
-  std::memset(base, 0, static_cast<size_t>(bytes));
   return true;
 }
 

@@ -20,13 +20,10 @@ void set_seed(uint64_t seed);
 // Counts of every launch since the last call.
 std::vector<LineCount> take_counts();
 
-// Runs body() as every thread of the grid. False after a fault: last_fault() tells, and no launch runs until it
+// Runs body() as every thread of the grid. False after a fault: take_fault() tells, and no launch runs until it
 // has been asked, as a CUDA error stays with its context.
 bool launch(const char* kernel, const int (&grid)[3], int threads, int64_t shared_bytes, bool cooperative,
             const std::function<void()>& body);
 std::string take_fault();
-
-// Streams order launches and the filling of memory only; the emulated device does each at once.
-bool fill_zero(void* base, int64_t bytes);
 
 }  // namespace fastlora::emulator

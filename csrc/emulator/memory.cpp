@@ -177,20 +177,36 @@ GlobalMemory::Cell& GlobalMemory::cell_of(Buffer& buffer, const uint8_t* byte) {
   return cell;
 }
 
+bool GlobalMemory::write_ordered(const Cell& cell, const Actor& who) {
+  if (cell.write_block < 0 || cell.write_epoch != who.grid_epoch) return true;
+  return cell.write_block == who.block &&
+         (cell.write_thread == who.thread || who.clock.has_seen(cell.write_thread, cell.written));
+}
+
+bool GlobalMemory::read_ordered(const Cell& cell, const Actor& who) {
+  if (cell.read_block == -1 || cell.read_epoch != who.grid_epoch) return true;
+  return cell.read_block == who.block &&
+         (cell.read_thread == who.thread || who.clock.has_seen(cell.read_thread, cell.read));
+}
+
+void GlobalMemory::note_write(Cell& cell, const Actor& who, bool by_atomic) {
+  cell.write_block = who.block;
+  cell.write_thread = static_cast<int16_t>(who.thread);
+  cell.write_epoch = who.grid_epoch;
+  cell.written = who.clock.now();
+  cell.by_atomic = by_atomic;
+}
+
 void GlobalMemory::read(const void* p, int64_t bytes, const Actor& who, Where at) {
   Buffer& buffer = find(p, bytes, "reads", at);
   if (!buffer.writable) return;  // nothing to race with
   const auto* first = static_cast<const uint8_t*>(p);
   for (const uint8_t* byte = first; byte < first + bytes; ++byte) {
     Cell& cell = cell_of(buffer, byte);
-    if (cell.write_block >= 0 && cell.write_epoch == who.grid_epoch) {
-      const bool ordered = cell.write_block == who.block && (cell.write_thread == who.thread ||
-                                                             who.clock.has_seen(cell.write_thread, cell.written));
-      if (!ordered) {
-        fault(at, "reads byte " + std::to_string(byte - buffer.base) + " of global buffer " + buffer.name +
-                      " that thread " + std::to_string(cell.write_thread) + " of block " +
-                      std::to_string(cell.write_block) + " wrote with no barrier between: a race");
-      }
+    if (!write_ordered(cell, who)) {
+      fault(at, "reads byte " + std::to_string(byte - buffer.base) + " of global buffer " + buffer.name +
+                    " that thread " + std::to_string(cell.write_thread) + " of block " +
+                    std::to_string(cell.write_block) + " wrote with no barrier between: a race");
     }
     if (cell.read_epoch == who.grid_epoch && cell.read_block != -1 && cell.read_block != who.block) {
       cell.read_block = -2;
@@ -212,25 +228,15 @@ void GlobalMemory::write(const void* p, int64_t bytes, const Actor& who, Where a
     const auto place = [&] {
       return "byte " + std::to_string(byte - buffer.base) + " of global buffer " + buffer.name;
     };
-    if (cell.write_block >= 0 && cell.write_epoch == who.grid_epoch) {
-      const bool ordered = cell.write_block == who.block && (cell.write_thread == who.thread ||
-                                                             who.clock.has_seen(cell.write_thread, cell.written));
-      if (!ordered) {
-        fault(at, "writes " + place() + " that thread " + std::to_string(cell.write_thread) + " of block " +
-                      std::to_string(cell.write_block) + " wrote with no barrier between: a race");
-      }
+    if (!write_ordered(cell, who)) {
+      fault(at, "writes " + place() + " that thread " + std::to_string(cell.write_thread) + " of block " +
+                    std::to_string(cell.write_block) + " wrote with no barrier between: a race");
     }
-    if (cell.read_block != -1 && cell.read_epoch == who.grid_epoch) {
-      const bool ordered = cell.read_block == who.block &&
-                           (cell.read_thread == who.thread || who.clock.has_seen(cell.read_thread, cell.read));
-      if (!ordered) fault(at, "writes " + place() + " that another thread read with no barrier between: a race");
+    if (!read_ordered(cell, who)) {
+      fault(at, "writes " + place() + " that another thread read with no barrier between: a race");
     }
-    cell.write_block = who.block;
-    cell.write_thread = static_cast<int16_t>(who.thread);
-    cell.write_epoch = who.grid_epoch;
-    cell.written = who.clock.now();
+    note_write(cell, who, false);
     cell.read_block = -1;
-    cell.by_atomic = false;
   }
 }
 
@@ -240,17 +246,11 @@ void GlobalMemory::atomic(const void* p, int64_t bytes, const Actor& who, Where 
   const auto* first = static_cast<const uint8_t*>(p);
   for (const uint8_t* byte = first; byte < first + bytes; ++byte) {
     Cell& cell = cell_of(buffer, byte);
-    if (cell.write_block >= 0 && !cell.by_atomic && cell.write_epoch == who.grid_epoch &&
-        !(cell.write_block == who.block &&
-          (cell.write_thread == who.thread || who.clock.has_seen(cell.write_thread, cell.written)))) {
+    if (!cell.by_atomic && !write_ordered(cell, who)) {
       fault(at, "updates byte " + std::to_string(byte - buffer.base) + " of global buffer " + buffer.name +
                     " that another thread wrote with no barrier between: a race");
     }
-    cell.write_block = who.block;
-    cell.write_thread = static_cast<int16_t>(who.thread);
-    cell.write_epoch = who.grid_epoch;
-    cell.written = who.clock.now();
-    cell.by_atomic = true;
+    note_write(cell, who, true);
   }
 }
 

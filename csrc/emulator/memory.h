@@ -32,7 +32,6 @@ class SharedMemory {
   SharedMemory& operator=(const SharedMemory&) = delete;
 
   uint8_t* base() const { return base_; }
-  int64_t bytes() const { return bytes_; }
   bool contains(const void* p) const {
     const auto* byte = static_cast<const uint8_t*>(p);
     return byte >= base_ && byte < base_ + bytes_;
@@ -75,7 +74,6 @@ class GlobalMemory {
  public:
   void add(const void* base, int64_t bytes, bool writable, const std::string& name);
   void remove(const void* base);
-  void clear() { buffers_.clear(); }
   void begin_launch() { ++launch_; }
 
   void read(const void* p, int64_t bytes, const Actor& who, Where at);
@@ -98,6 +96,10 @@ class GlobalMemory {
     std::string name;
     std::vector<Cell> cells;
   };
+  // Whether the last write to a byte, or the last read of it, is ordered before what `who` does now.
+  static bool write_ordered(const Cell& cell, const Actor& who);
+  static bool read_ordered(const Cell& cell, const Actor& who);
+  static void note_write(Cell& cell, const Actor& who, bool by_atomic);
   Buffer& find(const void* p, int64_t bytes, const char* verb, Where at);
   Cell& cell_of(Buffer& buffer, const uint8_t* byte);
 
