@@ -6,7 +6,7 @@ ValueError for shapes and values, TypeError for dtypes, RuntimeError for devices
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
@@ -129,8 +129,8 @@ def check_linear(op: str, x: Tensor, weight: Packed, bias: Tensor | None) -> tup
     return n, k
 
 
-def check_given_u(op: str, x: Tensor, u: Tensor, lora_b: Tensor, n: int) -> int:
-    """An adapter whose u = dropout(x)·Aᵀ is there already. Returns the rank."""
+def check_given_u(op: str, x: Tensor, u: Tensor, lora_b: Tensor, n: int) -> None:
+    """An adapter whose u = dropout(x)·Aᵀ is there already."""
     check_float(op, "lora_b", lora_b)
     if u.dtype != x.dtype:
         raise TypeError(f"{op}: expected u in x's dtype {x.dtype}, got {u.dtype}")
@@ -141,4 +141,14 @@ def check_given_u(op: str, x: Tensor, u: Tensor, lora_b: Tensor, n: int) -> int:
     r = u.shape[-1]
     check_shape(op, "u", u, (*x.shape[:-1], r), "x's rows, rank")
     check_shape(op, "lora_b", lora_b, (n, r), "{} out_features, rank {}", n, r)
-    return r
+
+
+def raise_not_finite(op: str, weight: Tensor) -> NoReturn:
+    """What a kernel that met NaN or Inf in `weight` has found."""
+    bad = ~torch.isfinite(weight)
+    first = int(bad.reshape(-1).view(torch.uint8).argmax())
+    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), weight.shape))
+    raise ValueError(
+        f"{op}: expected finite weights, got {int(bad.sum())} NaN or Inf of {weight.numel()}, "
+        f"the first at index {where}"
+    )

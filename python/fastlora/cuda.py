@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .checks import DTYPE_CODE, block_count
+from .checks import DTYPE_CODE, NESTED_BLOCKSIZE, block_count, raise_not_finite
 
 _DEVICE_ERROR = 5
 
@@ -54,11 +54,14 @@ def quantize(
     device: Device, weight: Tensor, blocksize: int, double_quant: bool, check_finite: bool, packed: Tensor,
     scales: Tensor, nested: Tensor,
 ) -> int:  # fmt: skip
-    """Status kNotFinite where `check_finite` finds NaN or Inf, which waits for the device."""
+    """`check_finite` waits for the device."""
     if check_finite and device.capturing():
         raise RuntimeError(
             "nf4_quantize: expected check_finite=False while a CUDA graph is captured, for the check waits"
         )
+    if not weight.numel():
+        nested.zero_()
+        return 0
     where = weight.device
     cols, blocks = weight.shape[-1], block_count(weight.numel(), blocksize)
     absmax = torch.empty(blocks, dtype=torch.float32, device=where) if double_quant else scales
@@ -68,10 +71,6 @@ def quantize(
         else None
     )
     not_finite = torch.zeros(1, dtype=torch.int32, device=where)
-    nothing = not weight.numel()
-    if nothing:
-        nested.zero_()
-        return 0
     status = device.call(
         "nf4_quantize",
         (weight, _dynamic_map(where)),
@@ -79,7 +78,7 @@ def quantize(
         DTYPE_CODE[weight.dtype], weight.numel() // cols, cols, blocksize,
     )  # fmt: skip
     if not status and check_finite and not_finite.item():
-        return 4
+        raise_not_finite("nf4_quantize", weight)
     return status
 
 
@@ -101,7 +100,7 @@ def decode_absmax(device: Device, scales: Tensor, nested: Tensor | None, absmax:
         absmax.copy_(scales.view(torch.float32))
         return 0
     values = nested.view(torch.float32)
-    scale = values[1:].repeat_interleave(256)[: scales.numel()]
+    scale = values[1:].repeat_interleave(NESTED_BLOCKSIZE)[: scales.numel()]
     torch.mul(_dynamic_map(scales.device)[scales.long()], scale, out=absmax)
     absmax.add_(values[0])  # apart from the product: two roundings
     return 0

@@ -142,28 +142,13 @@ def _quantize(
         weight.data_ptr(), DTYPE_CODE[weight.dtype], prod(weight.shape[:-1]), cols, blocksize,
         packed.data_ptr(), absmax.data_ptr(), threads, level(),
     )  # fmt: skip
-    if status == _NOT_FINITE and check_finite:
-        _raise_not_finite(weight)
-    if status not in (0, _NOT_FINITE) or not double_quant:
-        return 0 if status == _NOT_FINITE else status
-    return _C.nf4_double_quantize(absmax.data_ptr(), blocks, scales.data_ptr(), nested.data_ptr(), threads)
-
-
-def _quantize_cuda(device: cuda.Device, weight: Tensor, *args: Any) -> int:
-    status = cuda.quantize(device, weight, *args)
     if status == _NOT_FINITE:
-        _raise_not_finite(weight)
-    return status
-
-
-def _raise_not_finite(weight: Tensor) -> NoReturn:
-    bad = ~torch.isfinite(weight)
-    first = int(bad.reshape(-1).view(torch.uint8).argmax())
-    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), weight.shape))
-    raise ValueError(
-        f"nf4_quantize: expected finite weights, got {int(bad.sum())} NaN or Inf of {weight.numel()}, "
-        f"the first at index {where}"
-    )
+        if check_finite:
+            checks.raise_not_finite("nf4_quantize", weight)
+        status = 0
+    if status or not double_quant:
+        return status
+    return _C.nf4_double_quantize(absmax.data_ptr(), blocks, scales.data_ptr(), nested.data_ptr(), threads)
 
 
 define(
@@ -171,7 +156,7 @@ define(
     "(Tensor packed, Tensor scales, Tensor nested)",
     _quantize_outputs,
     _quantize,
-    _quantize_cuda,
+    cuda.quantize,
 )
 
 
