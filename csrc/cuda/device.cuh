@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "fastlora/status.h"
+
 #ifdef __CUDACC__
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
@@ -233,6 +235,48 @@ FASTLORA_DEVICE uint16_t float_to_fp16(float f) {
 #endif
 }
 
+// ---- two 16-bit floats in a word, the first in the low half --------------------------------------------------
+
+template <DType D>
+FASTLORA_DEVICE uint32_t pack_pair(float low, float high) {
+  static_assert(D != DType::kFloat32);
+#ifdef __CUDACC__
+  uint32_t pair;
+  if constexpr (D == DType::kBFloat16) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+#else
+  const auto half = [](float f) { return D == DType::kBFloat16 ? float_to_bf16(f) : float_to_fp16(f); };
+  return half(low) | static_cast<uint32_t>(half(high)) << 16;
+#endif
+}
+
+// a * b + c, each half rounded once.
+template <DType D>
+FASTLORA_DEVICE uint32_t multiply_add_pair(uint32_t a, uint32_t b, uint32_t c) {
+  static_assert(D != DType::kFloat32);
+#ifdef __CUDACC__
+  uint32_t d;
+  if constexpr (D == DType::kBFloat16) {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  } else {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  }
+  return d;
+#else
+  return emulator::multiply_add_pair(D == DType::kBFloat16, a, b, c);
+#endif
+}
+
+// The product plus -0, which changes nothing: older devices multiply bfloat16 by this instruction alone.
+template <DType D>
+FASTLORA_DEVICE uint32_t multiply_pair(uint32_t a, uint32_t b) {
+  return multiply_add_pair<D>(a, b, 0x80008000u);
+}
+
 // ---- global memory ------------------------------------------------------------------------------------------
 
 template <class T>
@@ -259,6 +303,15 @@ FASTLORA_DEVICE Words4 load_readonly(const Words4* p FASTLORA_AT) {
   return {{v.x, v.y, v.z, v.w}};
 #else
   return load_global(p, at);
+#endif
+}
+
+// Starts to bring the 128 bytes around `p` into the L2 cache.
+FASTLORA_DEVICE void prefetch_global(const void* p FASTLORA_AT) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#else
+  emulator::touch_global(p, 1, false, at);
 #endif
 }
 
@@ -297,6 +350,29 @@ FASTLORA_DEVICE void store_shared(T* p, T value FASTLORA_AT) {
   emulator::touch_shared(p, sizeof(T), true, at);
 #endif
   *p = value;
+}
+
+// ---- launches that overlap ----------------------------------------------------------------------------------
+
+// In a launch that may begin before the one before it has ended (LaunchShape::overlaps): returns once that one has
+// ended and its writes are seen. What it wrote may not be touched before.
+FASTLORA_DEVICE void wait_for_previous_launch(FASTLORA_AT_ONLY) {
+#ifdef __CUDACC__
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+#else
+  emulator::wait_for_previous_launch(at);
+#endif
+}
+
+// Lets such a next launch begin as soon as every block of this one has come here or ended.
+FASTLORA_DEVICE void let_next_launch_begin() {
+#ifdef __CUDACC__
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+#endif
 }
 
 // ---- updates of one value by many ---------------------------------------------------------------------------

@@ -2,6 +2,53 @@
 #include "fastlora/cuda.h"
 #include "launch.cuh"
 
+#ifdef __CUDACC__
+#include <mutex>
+#endif
+
+namespace fastlora::cuda {
+
+#ifdef __CUDACC__
+
+const DeviceTraits* device_traits() {
+  constexpr int kDevices = 64;
+  static DeviceTraits known[kDevices];
+  static std::atomic<bool> asked[kDevices];
+  static std::mutex asking;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return nullptr;
+  if (!asked[device].load(std::memory_order_acquire)) {
+    const std::lock_guard<std::mutex> guard(asking);
+    int major = 0, minor = 0;
+    DeviceTraits traits{};
+    const auto ask = [device](int* value, cudaDeviceAttr what) {
+      return cudaDeviceGetAttribute(value, what, device) == cudaSuccess;
+    };
+    if (!ask(&major, cudaDevAttrComputeCapabilityMajor) || !ask(&minor, cudaDevAttrComputeCapabilityMinor) ||
+        !ask(&traits.processors, cudaDevAttrMultiProcessorCount) ||
+        !ask(&traits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin)) {
+      return nullptr;
+    }
+    traits.capability = 10 * major + minor;
+    known[device] = traits;
+    asked[device].store(true, std::memory_order_release);
+  }
+  return &known[device];
+}
+
+#else
+
+// Few processors, so that small tests have blocks that walk on and blocks that meet.
+const DeviceTraits* device_traits() {
+  static DeviceTraits traits{.capability = 80, .processors = 3, .shared_bytes = 227 << 10};
+  traits.capability = emulator::capability();
+  return &traits;
+}
+
+#endif
+
+}  // namespace fastlora::cuda
+
 namespace fastlora {
 
 #ifdef __CUDACC__

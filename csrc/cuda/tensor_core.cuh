@@ -88,29 +88,24 @@ FASTLORA_DEVICE void load_matrix(uint32_t (&out)[kMatrices], const void* row FAS
 // d (16x8 float32) += a (16x16) · b (16x8). With g = lane / 4 and t = lane % 4 * 2: a[0] holds row g, columns t
 // and t + 1; a[1] row g + 8; a[2] and a[3] the same rows 8 columns on. b[0] holds rows t, t + 1 of column g, b[1]
 // those 8 rows on. d[0], d[1] are row g, columns t, t + 1; d[2], d[3] row g + 8.
-FASTLORA_DEVICE void multiply_tile_bf16(float (&d)[4], const uint32_t (&a)[4],
-                                        const uint32_t (&b)[2] FASTLORA_AT) {
+template <DType D>
+FASTLORA_DEVICE void multiply_tile(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] FASTLORA_AT) {
+  static_assert(D != DType::kFloat32);
 #ifdef __CUDACC__
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  if constexpr (D == DType::kBFloat16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
 #else
-  emulator::multiply_tile(emulator::Half::kBFloat16, d, a, b, at);
-#endif
-}
-
-FASTLORA_DEVICE void multiply_tile_fp16(float (&d)[4], const uint32_t (&a)[4],
-                                        const uint32_t (&b)[2] FASTLORA_AT) {
-#ifdef __CUDACC__
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#else
-  emulator::multiply_tile(emulator::Half::kFloat16, d, a, b, at);
+  emulator::multiply_tile(D == DType::kBFloat16 ? emulator::Half::kBFloat16 : emulator::Half::kFloat16, d, a, b,
+                          at);
 #endif
 }
 

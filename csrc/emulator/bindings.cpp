@@ -16,6 +16,7 @@ PYBIND11_MODULE(_emulator, m) {
   });
   m.def("remove_buffer", [](uintptr_t base) { emulator::remove_buffer(reinterpret_cast<const void*>(base)); });
   m.def("set_seed", &emulator::set_seed);
+  m.def("set_capability", &emulator::set_capability);
   // csrc/tests: whether every check held; what failed is on standard error.
   m.def("self_test", [] {
     testing::test_emulator();

@@ -293,6 +293,8 @@ void memory_barrier_wait(uint64_t* barrier, int parity, Where at) {
   t.clock.join(b.passed);
 }
 
+void wait_for_previous_launch(Where) { current(); }
+
 float bf16_to_float(uint16_t h) {
   const uint32_t bits = static_cast<uint32_t>(h) << 16;
   float f;
@@ -334,6 +336,29 @@ uint16_t float_to_fp16(float f) {
   std::frexp(rounded, &exponent);
   const auto mantissa = static_cast<uint16_t>(std::ldexp(rounded, 11 - exponent) - 1024.0);
   return sign | static_cast<uint16_t>((exponent + 14) << 10) | mantissa;
+}
+
+uint32_t multiply_add_pair(bool bf16, uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t out = 0;
+  for (int shift : {0, 16}) {
+    const auto half = [&](uint32_t word) { return static_cast<uint16_t>(word >> shift); };
+    const auto value = [&](uint32_t word) {
+      return static_cast<double>(bf16 ? bf16_to_float(half(word)) : fp16_to_float(half(word)));
+    };
+    // A product of two halves is exact in float64. Rounding the sum on its way to float32 to odd keeps what the
+    // last rounding, to 8 or 11 bits, must know.
+    const double sum = std::fma(value(a), value(b), value(c));
+    auto rounded = static_cast<float>(sum);
+    if (std::isfinite(rounded) && static_cast<double>(rounded) != sum) {
+      const bool away = std::fabs(static_cast<double>(rounded)) > std::fabs(sum);
+      uint32_t bits;
+      std::memcpy(&bits, &rounded, 4);
+      bits = (away ? bits - 1 : bits) | 1u;
+      std::memcpy(&rounded, &bits, 4);
+    }
+    out |= static_cast<uint32_t>(bf16 ? float_to_bf16(rounded) : float_to_fp16(rounded)) << shift;
+  }
+  return out;
 }
 
 uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {

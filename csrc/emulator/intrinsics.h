@@ -49,6 +49,9 @@ void memory_barrier_init(uint64_t* barrier, int count, Where at);
 void memory_barrier_arrive(uint64_t* barrier, Where at);
 void memory_barrier_wait(uint64_t* barrier, int parity, Where at);
 
+// griddepcontrol.wait. Launches do not overlap here, so there is nothing to wait for.
+void wait_for_previous_launch(Where at);
+
 // Marks an atomic update; the caller then makes it (one thread runs at a time).
 void touch_atomic(const void* p, int bytes, Where at);
 
@@ -57,6 +60,8 @@ float bf16_to_float(uint16_t h);
 uint16_t float_to_bf16(float f);
 float fp16_to_float(uint16_t h);
 uint16_t float_to_fp16(float f);
+// Two 16-bit floats in each word: a * b + c, rounded once a half.
+uint32_t multiply_add_pair(bool bf16, uint32_t a, uint32_t b, uint32_t c);
 // prmt: four bytes picked out of b:a by the nibbles of `selector` (bit 3 of a nibble repeats the sign).
 uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector);
 

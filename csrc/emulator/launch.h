@@ -17,6 +17,10 @@ void remove_buffer(const void* base);
 // The order in which threads and blocks run. Every fault's report ends with it.
 void set_seed(uint64_t seed);
 
+// The compute capability that kernels are chosen for: 80 at first, or 90, ...
+void set_capability(int capability);
+int capability();
+
 // Counts of every launch since the last call.
 std::vector<LineCount> take_counts();
 

@@ -93,11 +93,7 @@ void tile_product(Job job) {
   load_matrix<4, false>(x, a + (lane % 16) * 16 + lane / 16 * 8);
   load_matrix<2, true>(y, b + (lane % 16) * 8);
   float d[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-  if constexpr (kBFloat16) {
-    multiply_tile_bf16(d, x, y);
-  } else {
-    multiply_tile_fp16(d, x, y);
-  }
+  multiply_tile<kBFloat16 ? DType::kBFloat16 : DType::kFloat16>(d, x, y);
   auto* out = static_cast<float*>(job.out);
   for (int i = 0; i < 4; ++i) store_global(out + (lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2, d[i]);
 }
