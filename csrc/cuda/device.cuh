@@ -42,7 +42,10 @@ namespace fastlora::cuda {
 
 inline constexpr uint32_t kAllLanes = 0xffffffffu;
 
-// 16 bytes moved as one.
+// 8 and 16 bytes moved as one.
+struct alignas(8) Words2 {
+  uint32_t w[2];
+};
 struct alignas(16) Words4 {
   uint32_t w[4];
 };
@@ -53,11 +56,15 @@ struct alignas(16) Words4 {
 FASTLORA_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 FASTLORA_DEVICE int thread_count() { return static_cast<int>(blockDim.x); }
 FASTLORA_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
+FASTLORA_DEVICE int block_index_y() { return static_cast<int>(blockIdx.y); }
+FASTLORA_DEVICE int block_index_z() { return static_cast<int>(blockIdx.z); }
 FASTLORA_DEVICE int block_count() { return static_cast<int>(gridDim.x); }
 #else
 FASTLORA_DEVICE int thread_index() { return emulator::thread_index(); }
 FASTLORA_DEVICE int thread_count() { return emulator::thread_count(); }
 FASTLORA_DEVICE int block_index() { return emulator::block_index(0); }
+FASTLORA_DEVICE int block_index_y() { return emulator::block_index(1); }
+FASTLORA_DEVICE int block_index_z() { return emulator::block_index(2); }
 FASTLORA_DEVICE int block_count() { return emulator::block_count(0); }
 #endif
 FASTLORA_DEVICE int lane_index() { return thread_index() % 32; }

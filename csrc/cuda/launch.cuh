@@ -16,7 +16,8 @@
 namespace fastlora::cuda {
 
 struct LaunchShape {
-  int blocks;
+  int blocks;  // along the grid's first axis; and along the others:
+  int blocks_y = 1, blocks_z = 1;
   int threads;
   int shared_bytes = 0;
   bool cooperative = false;  // every block resident at once, so that sync_grid may be called
@@ -71,7 +72,8 @@ Status launch(const char*, void (*kernel)(Args), const LaunchShape& shape, const
     attributes[count++].val.programmaticStreamSerializationAllowed = 1;
   }
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.blocks_y),
+                        static_cast<unsigned>(shape.blocks_z));
   config.blockDim = dim3(static_cast<unsigned>(shape.threads));
   config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
@@ -96,7 +98,7 @@ int resident_blocks(void (*kernel)(Args), int threads, int shared_bytes) {
 
 template <class Args>
 Status launch(const char* name, void (*kernel)(Args), const LaunchShape& shape, const Args& args, void*) {
-  const int grid[3] = {shape.blocks, 1, 1};
+  const int grid[3] = {shape.blocks, shape.blocks_y, shape.blocks_z};
   const bool ran =
       emulator::launch(name, grid, shape.threads, shape.shared_bytes, shape.cooperative, [&] { kernel(args); });
   return ran ? Status::kOk : Status::kDeviceError;

@@ -63,7 +63,53 @@ struct DeviceScales {
   const uint8_t* nested;  // float32 offset, then a float32 scale for every 256 blocks
 };
 
-// absmax of `block`; `map` in shared memory, used with nested scales only.
+// Both forms of scales read in one way, without a branch: absmax = factors[code] * value + offset, where for plain
+// ones the code is any byte, every factor 1 and the offset 0. Loading and decoding are apart, so that a scale can
+// be under way while others are used.
+struct RawScale {
+  float value;
+  uint32_t code;
+};
+
+class ScaleReader {
+ public:
+  explicit FASTLORA_DEVICE ScaleReader(const DeviceScales& scales FASTLORA_AT)
+      : codes_(scales.codes),
+        values_(reinterpret_cast<const float*>(scales.nested == nullptr ? scales.codes : scales.nested + 4)),
+        offset_(scales.nested == nullptr
+                    ? 0.0f
+                    : load_readonly(reinterpret_cast<const float*>(scales.nested) FASTLORA_HERE)),
+        shift_(scales.nested == nullptr ? 0 : 8) {}
+
+  template <class Index>
+  FASTLORA_DEVICE RawScale fetch(Index block FASTLORA_AT) const {
+    return {load_readonly(values_ + (block >> shift_) FASTLORA_HERE), load_readonly(codes_ + block FASTLORA_HERE)};
+  }
+
+  // `stretch`: what every absmax is multiplied by, as fill_factors has multiplied the factors.
+  FASTLORA_DEVICE float decode(const RawScale& raw, const float* factors, float stretch FASTLORA_AT) const {
+    return multiply_add(load_shared(factors + raw.code FASTLORA_HERE), raw.value, offset_ * stretch);
+  }
+
+ private:
+  const uint8_t* codes_;
+  const float* values_;
+  float offset_;
+  int shift_;
+};
+static_assert(kNestedBlocksize == 1 << 8);
+
+// The factors of a reader in shared memory, by a block of kThreads; a barrier must follow. `map`: null for plain
+// ones.
+template <int kThreads>
+FASTLORA_DEVICE void fill_factors(float* factors, const float* map, float stretch FASTLORA_AT) {
+  for (int i = thread_index(); i < 256; i += kThreads) {
+    store_shared(factors + i,
+                 (map == nullptr ? 1.0f : load_readonly(map + i FASTLORA_HERE)) * stretch FASTLORA_HERE);
+  }
+}
+
+// absmax of `block`, to the bit; `map` in shared memory, used with nested scales only.
 FASTLORA_DEVICE float block_absmax(const DeviceScales& scales, const float* map, int64_t block FASTLORA_AT) {
   if (scales.nested == nullptr) {
     return load_readonly(reinterpret_cast<const float*>(scales.codes) + block FASTLORA_HERE);

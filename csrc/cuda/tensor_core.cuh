@@ -85,28 +85,39 @@ FASTLORA_DEVICE void load_matrix(uint32_t (&out)[kMatrices], const void* row FAS
 #endif
 }
 
-// d (16x8 float32) += a (16x16) · b (16x8). With g = lane / 4 and t = lane % 4 * 2: a[0] holds row g, columns t
+// d (16x8 float32) = c + a (16x16) · b (16x8). With g = lane / 4 and t = lane % 4 * 2: a[0] holds row g, columns t
 // and t + 1; a[1] row g + 8; a[2] and a[3] the same rows 8 columns on. b[0] holds rows t, t + 1 of column g, b[1]
 // those 8 rows on. d[0], d[1] are row g, columns t, t + 1; d[2], d[3] row g + 8.
 template <DType D>
-FASTLORA_DEVICE void multiply_tile(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] FASTLORA_AT) {
+FASTLORA_DEVICE void multiply_tile(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                   const float (&c)[4] FASTLORA_AT) {
   static_assert(D != DType::kFloat32);
 #ifdef __CUDACC__
   if constexpr (D == DType::kBFloat16) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        "{%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+          "f"(c[3]));
   } else {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        "{%10, %11, %12, %13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),
+          "f"(c[3]));
   }
 #else
-  emulator::multiply_tile(D == DType::kBFloat16 ? emulator::Half::kBFloat16 : emulator::Half::kFloat16, d, a, b,
+  float sum[4] = {c[0], c[1], c[2], c[3]};
+  emulator::multiply_tile(D == DType::kBFloat16 ? emulator::Half::kBFloat16 : emulator::Half::kFloat16, sum, a, b,
                           at);
+  for (int i = 0; i < 4; ++i) d[i] = sum[i];
 #endif
+}
+
+// d += a · b
+template <DType D>
+FASTLORA_DEVICE void multiply_tile(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] FASTLORA_AT) {
+  multiply_tile<D>(d, a, b, d FASTLORA_HERE);
 }
 
 // mbarrier: `count` arrivals end a phase; phases alternate parity from 0.

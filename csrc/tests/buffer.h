@@ -116,14 +116,16 @@ struct Weight {
   Buffer packed, scales, nested;
   bool double_quantised;
 
-  Weight(Place place, Rng& rng, int64_t rows, int64_t cols, int64_t block, bool with_nested)
+  // `scale_alignment`: CUDA kernels are promised 4.
+  Weight(Place place, Rng& rng, int64_t rows, int64_t cols, int64_t block, bool with_nested,
+         int64_t scale_alignment = 1)
       : n(rows),
         k(cols),
         blocksize(block),
         blocks(cpu::ceil_div(rows * cols, block)),
         packed(place, rows * cpu::ceil_div(cols, 2), 1),
-        scales(place, with_nested ? blocks : 4 * blocks, 1),
-        nested(place, with_nested ? 4 * (1 + cpu::ceil_div(blocks, kNestedBlocksize)) : 0, 1),
+        scales(place, with_nested ? blocks : 4 * blocks, scale_alignment),
+        nested(place, with_nested ? 4 * (1 + cpu::ceil_div(blocks, kNestedBlocksize)) : 0, scale_alignment),
         double_quantised(with_nested) {
     const int64_t row_bytes = cpu::ceil_div(k, 2);
     for (int64_t i = 0; i < n * row_bytes; ++i) {

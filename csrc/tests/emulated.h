@@ -22,5 +22,6 @@ class EmulatedBuffer {
 
 void test_emulator();
 void test_cuda_kernels();
+void test_cuda_linear();
 
 }  // namespace fastlora::testing

@@ -1,8 +1,9 @@
 #include "tests/emulated.h"
 #include "tests/testing.h"
 
-int main() {
-  fastlora::testing::test_emulator();
-  fastlora::testing::test_cuda_kernels();
+int main(int argc, char**) {
+  if (argc < 2) fastlora::testing::test_emulator();
+  if (argc < 2) fastlora::testing::test_cuda_kernels();
+  fastlora::testing::test_cuda_linear();
   return fastlora::testing::finish();
 }

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "fastlora/nf4.h"
+#include "fastlora/nf4_linear.h"
 
 namespace fastlora {
 
@@ -41,5 +42,37 @@ struct Nf4DequantizeCudaArgs {
   void* stream;
 };
 Status nf4_dequantize_cuda(const Nf4DequantizeCudaArgs& args);
+
+// How the layer's product is made. csrc/cuda/nf4_linear.cu chooses by shape and device, or takes the one it is
+// given where that can do the call.
+enum class CudaRoute : int32_t {
+  kAuto = -1,
+  kDense = 0,      // no kernel here: the caller dequantises W, in slabs, and multiplies
+  kDecode = 1,     // a few rows of x
+  kTile = 2,       // tiles by mma.sync; any shape
+  kWarpgroup = 3,  // tiles by wgmma, sm_90a
+};
+
+struct Nf4LinearCudaArgs {
+  Nf4LinearArgs call;  // u may be null where lora_a is given: then it is not kept
+  const float* map;    // (256) the dynamic map, with nested scales
+  CudaRoute route;
+  void* scratch;  // nf4_linear_cuda_scratch() bytes, aligned to 16
+  void* stream;
+};
+// Bytes of scratch (scratch itself is not looked at), or -1: the route is kDense.
+int64_t nf4_linear_cuda_scratch(const Nf4LinearCudaArgs& args);
+// At most three launches: u, the product, and the sum of its parts where the contraction was split.
+Status nf4_linear_cuda(const Nf4LinearCudaArgs& args);
+
+struct Nf4LinearGradInputCudaArgs {
+  Nf4LinearGradInputArgs call;  // lora_b null, r > 0: v is an input
+  const float* map;
+  CudaRoute route;
+  void* scratch;
+  void* stream;
+};
+int64_t nf4_linear_grad_input_cuda_scratch(const Nf4LinearGradInputCudaArgs& args);
+Status nf4_linear_grad_input_cuda(const Nf4LinearGradInputCudaArgs& args);
 
 }  // namespace fastlora

@@ -1,0 +1,38 @@
+// Every kernel of the fused layer by name. nf4_linear.cu alone chooses among them; each wants what stands beside
+// it.
+#pragma once
+
+#include "nf4_linear.cuh"
+
+namespace fastlora::cuda {
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// y for m <= 8, by blocks of `rows` (16 or 32) columns of y. Whole vectors of x; rows of W that are whole scale
+// blocks of at least 64; one split.
+Status launch_nf4_linear_decode(const ProductArgs& args, DType dtype, int rows, bool overlaps, void* stream);
+
+// y by tiles of 128 columns and 8 * `columns` rows of x, columns 2, 4, 8 or 12; span a multiple of 128. Unless
+// `ragged` (columns up to 8): rows of W that are whole scale blocks, in whole vectors.
+Status launch_nf4_linear_tile(const ProductArgs& args, DType dtype, int columns, bool ragged, bool overlaps,
+                              void* stream);
+
+int tile_shared_bytes(int columns, int64_t blocksize);
+
+// out = the sum of product.parts over its splits, plus the bias.
+Status launch_split_sum(const ProductArgs& product, void* out, int width, DType dtype, void* stream);
+
+struct ProjectArgs {
+  const void* x;  // (m, k), 16-bit
+  const void* a;  // (r, k), a_dtype
+  void* u;        // (m, r), x's dtype; or null, and
+  float* parts;   // (splits, m, r)
+  int m, k, r;
+  int splits;  // of k
+  DType a_dtype;
+  bool x_vectors, a_vectors;  // rows of them are whole 16-byte vectors, at such addresses
+};
+// u = x·Aᵀ
+Status launch_lora_project(const ProjectArgs& args, DType dtype, void* stream);
+
+}  // namespace fastlora::cuda

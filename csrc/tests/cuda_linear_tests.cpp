@@ -1,0 +1,228 @@
+// The layer's CUDA kernels under the emulator against float64 sums over the dequantised weight: every route, small
+// ragged shapes, every buffer of exactly its size; and what their main loops cost in banks and sectors.
+#include <cmath>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "fastlora/cuda.h"
+#include "tests/buffer.h"
+#include "tests/emulated.h"
+
+namespace fastlora::testing {
+namespace {
+
+struct Case {
+  int64_t m, n, k, r, blocksize = 64;
+  DType dtype = DType::kBFloat16, lora_dtype = DType::kFloat32;
+  CudaRoute route = CudaRoute::kAuto;
+  bool nested = true, bias = true, given = false, keep_u = false;
+  Place place = Place::kHeap;
+  int capability = 80;
+};
+
+const char* route_name(CudaRoute route) {
+  switch (route) {
+    case CudaRoute::kAuto: return "auto";
+    case CudaRoute::kDense: return "dense";
+    case CudaRoute::kDecode: return "decode";
+    case CudaRoute::kTile: return "tile";
+    case CudaRoute::kWarpgroup: return "warpgroup";
+  }
+  return "?";
+}
+
+void label(const char* op, const Case& c) {
+  set_case("%s %s %s lora %s m %lld n %lld k %lld r %lld blocksize %lld%s%s%s%s %s sm_%d", op, route_name(c.route),
+           dtype_name(c.dtype), dtype_name(c.lora_dtype), static_cast<long long>(c.m), static_cast<long long>(c.n),
+           static_cast<long long>(c.k), static_cast<long long>(c.r), static_cast<long long>(c.blocksize),
+           c.nested ? " nested" : "", c.bias ? " bias" : "", c.given ? " given" : "", c.keep_u ? " keep u" : "",
+           place_name(c.place), c.capability);
+}
+
+// A tensor that kernels may read, or write.
+struct Shared {
+  Tensor tensor;
+  EmulatedBuffer registered;
+  Shared(const Case& c, int64_t count, DType dtype, bool writable, const char* name)
+      : tensor(c.place, count, dtype), registered(tensor.buffer.bytes(), tensor.buffer.size(), writable, name) {}
+  void* data() { return tensor.buffer.bytes(); }
+  double at(int64_t i) const { return static_cast<double>(tensor[i]); }
+};
+using Maybe = std::unique_ptr<Shared>;
+
+Maybe input(bool there, const Case& c, Rng& rng, int64_t count, DType dtype, float scale, const char* name) {
+  if (!there) return nullptr;
+  auto made = std::make_unique<Shared>(c, count, dtype, false, name);
+  made->tensor.fill_normal(rng, scale);
+  return made;
+}
+void* address(const Maybe& tensor) { return tensor ? tensor->data() : nullptr; }
+
+struct SharedWeight {
+  Weight weight;
+  EmulatedBuffer packed, scales, nested, map;
+  SharedWeight(const Case& c, Rng& rng)
+      : weight(c.place, rng, c.n, c.k, c.blocksize, c.nested, 4),
+        packed(weight.packed.bytes(), weight.packed.size(), false, "packed"),
+        scales(weight.scales.bytes(), weight.scales.size(), false, "scales"),
+        nested(weight.nested.bytes(), weight.nested.size(), false, "nested"),
+        map(nf4_dynamic_map(), 1024, false, "map") {}
+};
+
+// What rounding may cost, as shares of sums of magnitudes: of the weight's products, of the low-rank term's, of
+// the result.
+struct Bound {
+  double products, lora, output;
+};
+Bound bound_of(DType dtype) {
+  return dtype == DType::kBFloat16 ? Bound{0x1p-8, 0x1p-6, 0x1p-8} : Bound{0x1p-10, 0x1p-9, 0x1p-10};
+}
+
+void compare(const char* name, const Tensor& got, const std::vector<double>& want,
+             const std::vector<double>& bound, int64_t width) {
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < got.count; ++i) {
+    const auto at = static_cast<size_t>(i);
+    if (std::fabs(static_cast<double>(got[i]) - want[at]) <= bound[at] + 1e-6) continue;
+    if (++wrong > 3) continue;
+    check(false, "%s[%lld, %lld] is %g, expected %g within %g", name, static_cast<long long>(i / width),
+          static_cast<long long>(i % width), static_cast<double>(got[i]), want[at], bound[at]);
+  }
+  check(wrong == 0, "%s: %lld of %lld are outside their bounds", name, static_cast<long long>(wrong),
+        static_cast<long long>(got.count));
+}
+
+// One way for both directions: out (m, outer) = in (m, inner) · W, + scale · small · factor, small (m, r) = in ·
+// first.
+struct Reference {
+  std::vector<double> small, small_bound, out, bound;
+  template <class In, class W, class First, class Factor>
+  Reference(const Case& c, int64_t outer, int64_t inner, In in, W w, First first, Factor factor,
+            const Shared* given) {
+    const Bound share = bound_of(c.dtype);
+    for (int64_t i = 0; i < c.m; ++i) {
+      for (int64_t q = 0; q < c.r; ++q) {
+        double sum = 0.0, size = 0.0;
+        for (int64_t j = 0; j < inner && given == nullptr; ++j) {
+          sum += in(i, j) * first(q, j);
+          size += std::fabs(in(i, j) * first(q, j));
+        }
+        if (given != nullptr) sum = size = given->at(i * c.r + q);
+        small.push_back(sum);
+        small_bound.push_back(share.lora * std::fabs(size));
+      }
+      for (int64_t o = 0; o < outer; ++o) {
+        double sum = 0.0, size = 0.0, lora = 0.0;
+        for (int64_t j = 0; j < inner; ++j) {
+          sum += in(i, j) * w(j, o);
+          size += std::fabs(in(i, j) * w(j, o));
+        }
+        for (int64_t q = 0; q < c.r; ++q) {
+          const auto at = static_cast<size_t>(i * c.r + q);
+          sum += small[at] * factor(q, o);
+          lora += small_bound[at] * std::fabs(factor(q, o)) + share.lora * std::fabs(small[at] * factor(q, o));
+        }
+        out.push_back(sum);
+        bound.push_back(share.products * size + lora + share.output * std::fabs(sum));
+      }
+    }
+  }
+};
+
+void linear_case(const Case& c, Rng& rng) {
+  label("nf4_linear", c);
+  emulator::set_capability(c.capability);
+  emulator::set_seed(rng.next());
+  SharedWeight weight(c, rng);
+  const Maybe x = input(true, c, rng, c.m * c.k, c.dtype, 1.0f, "x");
+  const Maybe bias = input(c.bias, c, rng, c.n, c.dtype, 1.0f, "bias");
+  const Maybe lora_a = input(c.r > 0 && !c.given, c, rng, c.r * c.k, c.lora_dtype, 0.2f, "lora_a");
+  const Maybe lora_b = input(c.r > 0, c, rng, c.n * c.r, c.lora_dtype, 0.2f, "lora_b");
+  const Maybe given = input(c.r > 0 && c.given, c, rng, c.m * c.r, c.dtype, 1.0f, "u");
+  Maybe kept;
+  if (c.r > 0 && c.keep_u && !c.given) kept = std::make_unique<Shared>(c, c.m * c.r, c.dtype, true, "u");
+  Shared y(c, c.m * c.n, c.dtype, true, "y");
+  Nf4LinearCudaArgs args{.call = {.x = x->data(),
+                                  .weight = weight.weight.view(),
+                                  .bias = address(bias),
+                                  .lora_a = address(lora_a),
+                                  .lora_b = address(lora_b),
+                                  .u = given ? given->data() : address(kept),
+                                  .y = y.data(),
+                                  .m = c.m,
+                                  .r = c.r,
+                                  .scaling = 0.375f,
+                                  .dtype = c.dtype,
+                                  .lora_dtype = c.lora_dtype,
+                                  .threads = 1},
+                         .map = nf4_dynamic_map(),
+                         .route = c.route,
+                         .scratch = nullptr,
+                         .stream = nullptr};
+  const int64_t bytes = nf4_linear_cuda_scratch(args);
+  if (!check(bytes >= 0, "the route cannot take this call")) return;
+  std::vector<uint8_t> scratch(static_cast<size_t>(bytes) + 16);
+  args.scratch = scratch.data() + (16 - reinterpret_cast<uintptr_t>(scratch.data()) % 16);
+  const EmulatedBuffer registered(args.scratch, static_cast<size_t>(bytes), true, "scratch");
+  const Status status = nf4_linear_cuda(args);
+  if (!check(status == Status::kOk, "status %d: %s", static_cast<int>(status), emulator::take_fault().c_str()))
+    return;
+
+  const std::vector<float> w = weight.weight.dense();
+  const Reference want(
+      c, c.n, c.k, [&](int64_t i, int64_t j) { return x->at(i * c.k + j); },
+      [&](int64_t j, int64_t o) { return static_cast<double>(w[static_cast<size_t>(o * c.k + j)]); },
+      [&](int64_t q, int64_t j) { return lora_a->at(q * c.k + j); },
+      [&](int64_t q, int64_t o) { return 0.375 * lora_b->at(o * c.r + q); }, given.get());
+  std::vector<double> sums = want.out;
+  for (int64_t i = 0; bias && i < c.m * c.n; ++i) sums[static_cast<size_t>(i)] += bias->at(i % c.n);
+  compare("y", y.tensor, sums, want.bound, c.n);
+  if (kept) compare("u", kept->tensor, want.small, want.small_bound, c.r);
+}
+
+}  // namespace
+
+void test_cuda_linear() {
+  Rng rng(29);
+  for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+    for (const int64_t m : {1, 3, 8}) {
+      for (const int64_t n : {7, 48, 130}) {
+        linear_case({.m = m, .n = n, .k = 192, .r = m == 3 ? 0 : 16, .dtype = dtype, .route = CudaRoute::kDecode},
+                    rng);
+      }
+      linear_case({.m = m,
+                   .n = 40,
+                   .k = 2176,
+                   .r = 9,
+                   .blocksize = 128,
+                   .dtype = dtype,
+                   .route = CudaRoute::kDecode,
+                   .nested = false,
+                   .keep_u = true},
+                  rng);
+    }
+    for (const int64_t m : {1, 9, 20, 33, 70, 130}) {
+      linear_case({.m = m, .n = 70, .k = 320, .r = 16, .dtype = dtype, .route = CudaRoute::kTile}, rng);
+      linear_case({.m = m,
+                   .n = 133,
+                   .k = 123,
+                   .r = 5,
+                   .dtype = dtype,
+                   .route = CudaRoute::kTile,
+                   .place = Place::kOddHeap},
+                  rng);
+      linear_case({.m = m,
+                   .n = 33,
+                   .k = 2080,
+                   .r = 33,
+                   .blocksize = 32,
+                   .dtype = dtype,
+                   .route = CudaRoute::kTile,
+                   .given = true},
+                  rng);
+    }
+  }
+}
+
+}  // namespace fastlora::testing
