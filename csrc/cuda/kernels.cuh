@@ -7,6 +7,10 @@
 namespace fastlora::cuda {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t bytes_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+// Rows of `row_bytes` are whole 16-byte vectors, at such addresses.
+inline bool whole_vectors(const void* p, int64_t row_bytes) { return aligned(p, 16) && row_bytes % 16 == 0; }
 
 // y for m <= 8, by blocks of `rows` (16 or 32) columns of y. Whole vectors of x; rows of W that are whole scale
 // blocks of at least 64; one split.
@@ -34,5 +38,22 @@ struct ProjectArgs {
 };
 // u = x·Aᵀ
 Status launch_lora_project(const ProjectArgs& args, DType dtype, void* stream);
+
+// dx by tiles of 128 columns and 8 * `columns` rows of dy, columns 1, 2, 4 or 8; span a multiple of 128. Unless
+// `ragged` (columns 2 or 8): as above.
+Status launch_nf4_linear_grad_input_tile(const ProductArgs& args, DType dtype, int columns, bool ragged,
+                                         bool overlaps, void* stream);
+int grad_input_tile_shared_bytes(int columns, int64_t blocksize);
+
+// out = scaling * the sum of `splits` parts of `count` values each; none where count is 0.
+struct PartSum {
+  const float* parts;
+  void* out;
+  int64_t count;
+  int splits;
+  float scaling;
+  DType dtype;
+};
+Status launch_lora_sum(const PartSum& first, const PartSum& second, void* stream);
 
 }  // namespace fastlora::cuda

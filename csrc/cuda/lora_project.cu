@@ -121,3 +121,26 @@ Status launch_lora_project(const ProjectArgs& args, DType dtype, void* stream) {
 }
 
 }  // namespace fastlora::cuda
+
+namespace fastlora {
+
+Status lora_project_cuda(const LoraProjectCudaArgs& a) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  if (a.dtype == DType::kFloat32 || a.m < 1 || a.k < 1 || a.r < 1 || a.m > kMost || a.k > kMost || a.r > kMost) {
+    return Status::kBadArgument;
+  }
+  const cuda::ProjectArgs args{.x = a.x,
+                               .a = a.a,
+                               .u = a.u,
+                               .parts = nullptr,
+                               .m = static_cast<int>(a.m),
+                               .k = static_cast<int>(a.k),
+                               .r = static_cast<int>(a.r),
+                               .splits = 1,
+                               .a_dtype = a.a_dtype,
+                               .x_vectors = cuda::whole_vectors(a.x, 2 * a.k),
+                               .a_vectors = cuda::whole_vectors(a.a, cuda::bytes_of(a.a_dtype) * a.k)};
+  return cuda::launch_lora_project(args, a.dtype, a.stream);
+}
+
+}  // namespace fastlora

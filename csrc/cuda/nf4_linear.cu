@@ -63,6 +63,10 @@ bool is_ragged(const Shape& s) {
 
 int tile_columns(const Shape& s, bool ragged, const DeviceTraits& traits) {
   if (ragged) return s.m <= 16 ? 2 : 8;
+  if (s.grad) {
+    const bool eight = grad_input_tile_shared_bytes(8, s.weight->blocksize) <= traits.shared_bytes;
+    return s.m <= 8 ? 1 : s.m <= 16 ? 2 : s.m <= 32 || !eight ? 4 : 8;
+  }
   if (s.m <= 16) return 2;
   if (s.m <= 32) return 4;
   // A tile costs its columns, and about three more for W.
@@ -120,9 +124,9 @@ bool make_plan(const Shape& s, bool inner_is_wanted, Plan* out) {
   } else {
     plan.columns = tile_columns(s, plan.ragged, *traits);
     const int64_t tiles = ceil_div(s.m, 8 * plan.columns) * ceil_div(s.outer, 128);
-    split(plan, s, tiles, traits->processors * (plan.columns <= 4 ? 2 : 1), 128);
+    split(plan, s, tiles, traits->processors * (plan.columns <= (s.grad ? 2 : 4) ? 2 : 1), 128);
   }
-  if (s.r > 0 && !inner_is_wanted) {
+  if (s.r > 0 && !s.grad && !inner_is_wanted) {
     // About 32 blocks for u; but whoever uses it adds the parts, so not more than 16 KiB of them.
     const int64_t tiles = ceil_div(s.m, s.m <= 8 ? 8 : 32) * ceil_div(s.r, s.r <= 16 ? 16 : s.r <= 32 ? 32 : 64);
     int64_t parts = 32 / tiles;
@@ -184,6 +188,31 @@ Shape shape_of(const Nf4LinearCudaArgs& a) {
   return {c.m, c.weight.n, c.weight.k, c.r, &c.weight, c.x, c.dtype, a.route, false};
 }
 
+Shape shape_of(const Nf4LinearGradInputCudaArgs& a) {
+  const Nf4LinearGradInputArgs& c = a.call;
+  return {c.m, c.weight.k, c.weight.n, c.r, &c.weight, c.dy, c.dtype, a.route, true};
+}
+
+// v of a gradient, where it is not an input.
+bool projects(const Nf4LinearGradInputArgs& c) { return c.r > 0 && c.lora_b != nullptr; }
+LoraGradientsCudaArgs project_args(const Nf4LinearGradInputCudaArgs& a) {
+  const Nf4LinearGradInputArgs& c = a.call;
+  return {.tall = c.dy,
+          .small = nullptr,
+          .factor = c.lora_b,
+          .product = c.v,
+          .gram = nullptr,
+          .m = c.m,
+          .width = c.weight.n,
+          .r = c.r,
+          .scaling = c.scaling,
+          .rank_major = false,
+          .dtype = c.dtype,
+          .lora_dtype = c.lora_dtype,
+          .scratch = a.scratch,
+          .stream = a.stream};
+}
+
 }  // namespace
 }  // namespace fastlora::cuda
 
@@ -220,7 +249,6 @@ Status nf4_linear_cuda(const Nf4LinearCudaArgs& a) {
 
   const bool projects = c.lora_a != nullptr && c.r > 0;
   if (projects) {
-    const int64_t a_bytes = c.lora_dtype == DType::kFloat32 ? 4 : 2;
     const ProjectArgs project{.x = c.x,
                               .a = c.lora_a,
                               .u = c.u,
@@ -231,7 +259,7 @@ Status nf4_linear_cuda(const Nf4LinearCudaArgs& a) {
                               .splits = plan.inner_splits > 0 ? plan.inner_splits : 1,
                               .a_dtype = c.lora_dtype,
                               .x_vectors = args.x_vectors,
-                              .a_vectors = aligned(c.lora_a, 16) && c.weight.k * a_bytes % 16 == 0};
+                              .a_vectors = whole_vectors(c.lora_a, c.weight.k * bytes_of(c.lora_dtype))};
     const Status status = launch_lora_project(project, c.dtype, a.stream);
     if (status != Status::kOk) return status;
   }
@@ -241,6 +269,40 @@ Status nf4_linear_cuda(const Nf4LinearCudaArgs& a) {
   if (status != Status::kOk || plan.splits == 1) return status;
   args.bias = c.bias;
   return launch_split_sum(args, c.y, args.n, c.dtype, a.stream);
+}
+
+int64_t nf4_linear_grad_input_cuda_scratch(const Nf4LinearGradInputCudaArgs& a) {
+  Plan plan;
+  const Shape s = shape_of(a);
+  if (!make_plan(s, true, &plan) || plan.route == CudaRoute::kDense) return -1;
+  return part_bytes(plan, s) + (projects(a.call) ? lora_gradients_cuda_scratch(project_args(a)) : 0);
+}
+
+Status nf4_linear_grad_input_cuda(const Nf4LinearGradInputCudaArgs& a) {
+  const Nf4LinearGradInputArgs& c = a.call;
+  if (bad(c.weight, c.m, c.r) || (c.r > 0 && c.v == nullptr)) return Status::kBadArgument;
+  if (c.m == 0 || c.weight.k == 0) return Status::kOk;
+  Plan plan;
+  const Shape s = shape_of(a);
+  if (!make_plan(s, true, &plan)) return Status::kDeviceError;
+  if (plan.route == CudaRoute::kDense || s.contraction == 0) return Status::kBadArgument;
+  ProductArgs args = product_args(plan, s, a.map, c.dx, static_cast<float*>(a.scratch));
+  args.factor = c.lora_a;
+  args.factor_dtype = c.lora_dtype;
+  args.factor_vectors = whole_vectors(c.lora_a, c.weight.k * bytes_of(c.lora_dtype));
+  args.scaling = 1.0f;  // v has it
+  args.inner = c.v;
+  args.inner_pairs = c.r % 2 == 0 && aligned(c.v, 4);
+  if (projects(c)) {
+    LoraGradientsCudaArgs project = project_args(a);
+    project.scratch = static_cast<uint8_t*>(a.scratch) + part_bytes(plan, s);
+    const Status status = lora_gradients_cuda(project);
+    if (status != Status::kOk) return status;
+  }
+  const Status status =
+      launch_nf4_linear_grad_input_tile(args, c.dtype, plan.columns, plan.ragged, projects(c), a.stream);
+  if (status != Status::kOk || plan.splits == 1) return status;
+  return launch_split_sum(args, c.dx, args.k, c.dtype, a.stream);
 }
 
 }  // namespace fastlora

@@ -63,6 +63,20 @@ FASTLORA_DEVICE float load_any(const void* base, int64_t index, DType dtype FAST
   return 0.0f;
 }
 
+// Eight adjacent 16-bit elements of which `valid` exist, the others zero. `vectors`: the address is a multiple
+// of 16.
+FASTLORA_DEVICE Words4 load_halves(const uint16_t* from, int valid, bool vectors FASTLORA_AT) {
+  if (vectors && valid >= 8) return load_readonly(reinterpret_cast<const Words4*>(from) FASTLORA_HERE);
+  Words4 words;
+  FASTLORA_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t low = 2 * i < valid ? load_readonly(from + 2 * i FASTLORA_HERE) : 0;
+    const uint32_t high = 2 * i + 1 < valid ? load_readonly(from + 2 * i + 1 FASTLORA_HERE) : 0;
+    words.w[i] = low | high << 16;
+  }
+  return words;
+}
+
 // Eight adjacent elements from `index` on as four pairs of D, times `factor`; those from `valid` on are zero.
 // `vectors`: index is a multiple of 8 and the address of 16.
 template <DType D>

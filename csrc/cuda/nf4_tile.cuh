@@ -67,18 +67,6 @@ FASTLORA_DEVICE int x_place(int row, int half, int vector) {
   return half * kColumns * 1024 + row * 128 + (vector ^ row % 8) * 16;
 }
 
-// 8 elements of which `valid` exist, the others zero, one by one.
-FASTLORA_DEVICE void copy_elements(uint8_t* to, const uint16_t* from, int valid FASTLORA_AT) {
-  Words4 words;
-  FASTLORA_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t low = 2 * i < valid ? load_readonly(from + 2 * i FASTLORA_HERE) : 0;
-    const uint32_t high = 2 * i + 1 < valid ? load_readonly(from + 2 * i + 1 FASTLORA_HERE) : 0;
-    words.w[i] = low | high << 16;
-  }
-  store_shared(reinterpret_cast<Words4*>(to), words FASTLORA_HERE);
-}
-
 // ---- a thread's share of both -------------------------------------------------------------------------------
 
 // Copies stage after stage of the tile that begins at a row of x and at a row and column of W, whose contraction
@@ -122,7 +110,8 @@ class TileCopy {
         if (kVectors || args_.x_vectors) {
           copy_async<16>(x_to + j * 2048, from, valid > 0 ? 16 : 0 FASTLORA_HERE);
         } else {
-          copy_elements(x_to + j * 2048, from, valid FASTLORA_HERE);
+          store_shared(reinterpret_cast<Words4*>(x_to + j * 2048),
+                       load_halves(from, valid, false FASTLORA_HERE) FASTLORA_HERE);
         }
         from += 16 * int64_t{x_width()};
       }

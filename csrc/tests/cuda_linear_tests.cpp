@@ -70,12 +70,28 @@ struct SharedWeight {
         map(nf4_dynamic_map(), 1024, false, "map") {}
 };
 
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes)
+      : room_(static_cast<size_t>(bytes) + 16, 0xcd),
+        registered_(data(), static_cast<size_t>(bytes), true, "scratch") {}
+  uint8_t* data() const {
+    const auto address = reinterpret_cast<uintptr_t>(room_.data());
+    return reinterpret_cast<uint8_t*>((address + 15) / 16 * 16);
+  }
+
+ private:
+  std::vector<uint8_t> room_;
+  EmulatedBuffer registered_;
+};
+
 // What rounding may cost, as shares of sums of magnitudes: of the weight's products, of the low-rank term's, of
 // the result.
 struct Bound {
   double products, lora, output;
 };
 Bound bound_of(DType dtype) {
+  if (dtype == DType::kFloat32) return {0x1p-20, 0x1p-20, 0x1p-22};
   return dtype == DType::kBFloat16 ? Bound{0x1p-8, 0x1p-6, 0x1p-8} : Bound{0x1p-10, 0x1p-9, 0x1p-10};
 }
 
@@ -162,9 +178,8 @@ void linear_case(const Case& c, Rng& rng) {
                          .stream = nullptr};
   const int64_t bytes = nf4_linear_cuda_scratch(args);
   if (!check(bytes >= 0, "the route cannot take this call")) return;
-  std::vector<uint8_t> scratch(static_cast<size_t>(bytes) + 16);
-  args.scratch = scratch.data() + (16 - reinterpret_cast<uintptr_t>(scratch.data()) % 16);
-  const EmulatedBuffer registered(args.scratch, static_cast<size_t>(bytes), true, "scratch");
+  const Scratch scratch(bytes);
+  args.scratch = scratch.data();
   const Status status = nf4_linear_cuda(args);
   if (!check(status == Status::kOk, "status %d: %s", static_cast<int>(status), emulator::take_fault().c_str()))
     return;
@@ -179,6 +194,109 @@ void linear_case(const Case& c, Rng& rng) {
   for (int64_t i = 0; bias && i < c.m * c.n; ++i) sums[static_cast<size_t>(i)] += bias->at(i % c.n);
   compare("y", y.tensor, sums, want.bound, c.n);
   if (kept) compare("u", kept->tensor, want.small, want.small_bound, c.r);
+}
+
+void grad_input_case(const Case& c, Rng& rng) {
+  label("nf4_linear_grad_input", c);
+  emulator::set_capability(c.capability);
+  emulator::set_seed(rng.next());
+  SharedWeight weight(c, rng);
+  const Maybe dy = input(true, c, rng, c.m * c.n, c.dtype, 1.0f, "dy");
+  const Maybe lora_a = input(c.r > 0, c, rng, c.r * c.k, c.lora_dtype, 0.2f, "lora_a");
+  const Maybe lora_b = input(c.r > 0 && !c.given, c, rng, c.n * c.r, c.lora_dtype, 0.2f, "lora_b");
+  Maybe v = input(c.r > 0 && c.given, c, rng, c.m * c.r, c.dtype, 1.0f, "v");
+  if (c.r > 0 && !c.given) v = std::make_unique<Shared>(c, c.m * c.r, c.dtype, true, "v");
+  Shared dx(c, c.m * c.k, c.dtype, true, "dx");
+  Nf4LinearGradInputCudaArgs args{.call = {.dy = dy->data(),
+                                           .weight = weight.weight.view(),
+                                           .lora_a = address(lora_a),
+                                           .lora_b = address(lora_b),
+                                           .v = address(v),
+                                           .dx = dx.data(),
+                                           .m = c.m,
+                                           .r = c.r,
+                                           .scaling = 0.375f,
+                                           .dtype = c.dtype,
+                                           .lora_dtype = c.lora_dtype,
+                                           .threads = 1},
+                                  .map = nf4_dynamic_map(),
+                                  .route = c.route,
+                                  .scratch = nullptr,
+                                  .stream = nullptr};
+  const int64_t bytes = nf4_linear_grad_input_cuda_scratch(args);
+  if (!check(bytes >= 0, "the route cannot take this call")) return;
+  const Scratch scratch(bytes);
+  args.scratch = scratch.data();
+  const Status status = nf4_linear_grad_input_cuda(args);
+  if (!check(status == Status::kOk, "status %d: %s", static_cast<int>(status), emulator::take_fault().c_str()))
+    return;
+
+  const std::vector<float> w = weight.weight.dense();
+  const Reference want(
+      c, c.k, c.n, [&](int64_t i, int64_t j) { return dy->at(i * c.n + j); },
+      [&](int64_t j, int64_t o) { return static_cast<double>(w[static_cast<size_t>(j * c.k + o)]); },
+      [&](int64_t q, int64_t j) { return 0.375 * lora_b->at(j * c.r + q); },
+      [&](int64_t q, int64_t o) { return lora_a->at(q * c.k + o); }, c.given ? v.get() : nullptr);
+  compare("dx", dx.tensor, want.out, want.bound, c.k);
+  if (v && !c.given) compare("v", v->tensor, want.small, want.small_bound, c.r);
+}
+
+// dB and v of one pass, dA of another: n is the tall operand's width.
+void thin_case(const Case& c, bool rank_major, bool product, Rng& rng) {
+  label(rank_major ? "lora_grad_a" : product ? "lora_grad_b" : "gram", c);
+  emulator::set_seed(rng.next());
+  const Maybe tall = input(true, c, rng, c.m * c.n, c.dtype, 1.0f, "tall");
+  const Maybe small = input(true, c, rng, c.m * c.r, c.dtype, 1.0f, "small");
+  const Maybe factor = input(product, c, rng, c.n * c.r, c.lora_dtype, 0.2f, "factor");
+  Maybe out;
+  if (product) out = std::make_unique<Shared>(c, c.m * c.r, c.dtype, true, "product");
+  Shared gram(c, c.n * c.r, c.lora_dtype, true, "gram");
+  LoraGradientsCudaArgs args{.tall = tall->data(),
+                             .small = small->data(),
+                             .factor = address(factor),
+                             .product = address(out),
+                             .gram = gram.data(),
+                             .m = c.m,
+                             .width = c.n,
+                             .r = c.r,
+                             .scaling = 0.375f,
+                             .rank_major = rank_major,
+                             .dtype = c.dtype,
+                             .lora_dtype = c.lora_dtype,
+                             .scratch = nullptr,
+                             .stream = nullptr};
+  const Scratch scratch(lora_gradients_cuda_scratch(args));
+  args.scratch = scratch.data();
+  const Status status = lora_gradients_cuda(args);
+  if (!check(status == Status::kOk, "status %d: %s", static_cast<int>(status), emulator::take_fault().c_str()))
+    return;
+  std::vector<double> want, bound;
+  for (int64_t i = 0; i < c.n * c.r; ++i) {
+    const int64_t column = rank_major ? i % c.n : i / c.r, q = rank_major ? i / c.n : i % c.r;
+    double sum = 0.0, size = 0.0;
+    for (int64_t row = 0; row < c.m; ++row) {
+      const double product_of = 0.375 * tall->at(row * c.n + column) * small->at(row * c.r + q);
+      sum += product_of;
+      size += std::fabs(product_of);
+    }
+    want.push_back(sum);
+    bound.push_back(size * 1e-6 + bound_of(c.lora_dtype).output * std::fabs(sum));
+  }
+  compare("gram", gram.tensor, want, bound, rank_major ? c.n : c.r);
+  if (!product) return;
+  want.clear();
+  bound.clear();
+  for (int64_t i = 0; i < c.m * c.r; ++i) {
+    double sum = 0.0, size = 0.0;
+    for (int64_t column = 0; column < c.n; ++column) {
+      const double product_of = 0.375 * tall->at(i / c.r * c.n + column) * factor->at(column * c.r + i % c.r);
+      sum += product_of;
+      size += std::fabs(product_of);
+    }
+    want.push_back(sum);
+    bound.push_back(bound_of(c.dtype).lora * size);
+  }
+  compare("product", out->tensor, want, bound, c.r);
 }
 
 }  // namespace
@@ -203,15 +321,21 @@ void test_cuda_linear() {
                   rng);
     }
     for (const int64_t m : {1, 9, 20, 33, 70, 130}) {
-      linear_case({.m = m, .n = 70, .k = 320, .r = 16, .dtype = dtype, .route = CudaRoute::kTile}, rng);
-      linear_case({.m = m,
-                   .n = 133,
-                   .k = 123,
-                   .r = 5,
-                   .dtype = dtype,
-                   .route = CudaRoute::kTile,
-                   .place = Place::kOddHeap},
-                  rng);
+      const Case whole{.m = m, .n = 72, .k = 320, .r = 16, .dtype = dtype, .route = CudaRoute::kTile};
+      const Case odd{
+          .m = m, .n = 133, .k = 123, .r = 5, .dtype = dtype, .route = CudaRoute::kTile, .place = Place::kOddHeap};
+      const Case fine{.m = m,
+                      .n = 1040,
+                      .k = 160,
+                      .r = 33,
+                      .blocksize = 32,
+                      .dtype = dtype,
+                      .route = CudaRoute::kTile,
+                      .given = true};
+      for (const Case& c : {whole, odd, fine}) {
+        linear_case(c, rng);
+        grad_input_case(c, rng);
+      }
       linear_case({.m = m,
                    .n = 33,
                    .k = 2080,
@@ -221,6 +345,19 @@ void test_cuda_linear() {
                    .route = CudaRoute::kTile,
                    .given = true},
                   rng);
+    }
+    for (const int64_t r : {1, 16, 24, 40, 70}) {
+      for (const int64_t m : {1, 70, 200}) {
+        const Case c{.m = m,
+                     .n = r == 1 ? 77 : 600,
+                     .k = 0,
+                     .r = r,
+                     .dtype = dtype,
+                     .lora_dtype = m == 70 ? dtype : DType::kFloat32,
+                     .place = m == 1 ? Place::kOddHeap : Place::kHeap};
+        thin_case(c, false, true, rng);
+        thin_case(c, true, false, rng);
+      }
     }
   }
 }

@@ -75,4 +75,34 @@ struct Nf4LinearGradInputCudaArgs {
 int64_t nf4_linear_grad_input_cuda_scratch(const Nf4LinearGradInputCudaArgs& args);
 Status nf4_linear_grad_input_cuda(const Nf4LinearGradInputCudaArgs& args);
 
+// u = x·Aᵀ
+struct LoraProjectCudaArgs {
+  const void* x;  // (m, k), dtype (16-bit)
+  const void* a;  // (r, k), a_dtype
+  void* u;        // (m, r), dtype, out
+  int64_t m, k, r;
+  DType dtype, a_dtype;
+  void* stream;
+};
+Status lora_project_cuda(const LoraProjectCudaArgs& args);
+
+// What backward takes of one large operand in one pass over it:
+//   product = scaling * tall · factor    v  of dy and B
+//   gram = scaling * tallᵀ · small       dB of dy and u; dA, transposed, of x and v
+struct LoraGradientsCudaArgs {
+  const void* tall;    // (m, width), dtype (16-bit)
+  const void* small;   // (m, r), dtype; null without gram
+  const void* factor;  // (width, r), lora_dtype; null without product
+  void* product;       // (m, r), dtype, out, or null
+  void* gram;          // (width, r), or (r, width) with rank_major, lora_dtype, out, or null
+  int64_t m, width, r;
+  float scaling;
+  bool rank_major;
+  DType dtype, lora_dtype;
+  void* scratch;  // lora_gradients_cuda_scratch() bytes, aligned to 16
+  void* stream;
+};
+int64_t lora_gradients_cuda_scratch(const LoraGradientsCudaArgs& args);
+Status lora_gradients_cuda(const LoraGradientsCudaArgs& args);
+
 }  // namespace fastlora
