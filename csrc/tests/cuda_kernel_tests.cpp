@@ -113,10 +113,27 @@ void compare(Rng& rng, DType dtype, int64_t rows, int64_t cols, int64_t blocksiz
                        cols,
                        blocksize};
   nf4_dequantize({from, want_out.data(), dtype, 1}, Isa::kScalar);
-  status = nf4_dequantize_cuda({from, map.data(), out.data(), dtype, nullptr});
+  status = nf4_dequantize_cuda({from, 0, rows, 0, cols, map.data(), out.data(), dtype, nullptr});
   check(status == Status::kOk, "dequantise: status %d: %s", static_cast<int>(status),
         emulator::take_fault().c_str());
   check(out.same(want_out), "dequantised values differ");
+
+  // A part of it: some rows, and columns from an even one on.
+  const int64_t first_row = rng.below(rows), part_rows = 1 + rng.below(rows - first_row);
+  const int64_t step = rng.coin() && cols > 16 ? 8 : 2, first_column = rng.below((cols + step - 1) / step) * step;
+  const int64_t part_columns = rng.coin() ? cols - first_column : 1 + rng.below(cols - first_column);
+  Array<uint8_t> part(part_rows * part_columns * bytes_of(dtype), true, "part");
+  status = nf4_dequantize_cuda(
+      {from, first_row, part_rows, first_column, part_columns, map.data(), part.data(), dtype, nullptr});
+  check(status == Status::kOk, "part: status %d: %s", static_cast<int>(status), emulator::take_fault().c_str());
+  for (int64_t row = 0; row < part_rows; ++row) {
+    const int64_t size = bytes_of(dtype), at = ((first_row + row) * cols + first_column) * size;
+    check(std::memcmp(part.data() + row * part_columns * size, want_out.data() + at,
+                      static_cast<size_t>(part_columns * size)) == 0,
+          "row %lld of the part [%lld, %lld] + [%lld, %lld] differs", static_cast<long long>(row),
+          static_cast<long long>(first_row), static_cast<long long>(first_column),
+          static_cast<long long>(part_rows), static_cast<long long>(part_columns));
+  }
 }
 
 void test_not_finite(Rng& rng) {

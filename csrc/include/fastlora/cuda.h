@@ -36,8 +36,9 @@ Status nf4_quantize_cuda(const Nf4QuantizeCudaArgs& args);
 
 struct Nf4DequantizeCudaArgs {
   Nf4Weight weight;
-  const float* map;  // (256) the dynamic map, with nested scales
-  void* out;         // (n, k), dtype
+  int64_t first_row, rows, first_column, columns;  // the part that is wanted; first_column even
+  const float* map;                                // (256) the dynamic map, with nested scales
+  void* out;                                       // (rows, columns), dtype
   DType dtype;
   void* stream;
 };
@@ -104,5 +105,17 @@ struct LoraGradientsCudaArgs {
 };
 int64_t lora_gradients_cuda_scratch(const LoraGradientsCudaArgs& args);
 Status lora_gradients_cuda(const LoraGradientsCudaArgs& args);
+
+// The same bits as lora_dropout.
+struct LoraDropoutCudaArgs {
+  const void* x;
+  void* out;
+  const int64_t* seed;  // (1), on the device
+  int64_t count;
+  double p;
+  DType dtype;
+  void* stream;
+};
+Status lora_dropout_cuda(const LoraDropoutCudaArgs& args);
 
 }  // namespace fastlora
