@@ -2,6 +2,7 @@
 // (sections ldmatrix, mma.m16n8k16); csrc/tests/emulator_tests.cpp derives them again another way.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <cstring>
 
@@ -56,7 +57,7 @@ void wait_for_previous_launch(Where at);
 void touch_atomic(const void* p, int bytes, Where at);
 
 // Conversions of the device, to nearest even.
-float bf16_to_float(uint16_t h);
+inline float bf16_to_float(uint16_t h) { return std::bit_cast<float>(static_cast<uint32_t>(h) << 16); }
 uint16_t float_to_bf16(float f);
 float fp16_to_float(uint16_t h);
 uint16_t float_to_fp16(float f);

@@ -7,7 +7,6 @@
 namespace fastlora::emulator {
 namespace {
 
-thread_local Thread* t_current = nullptr;
 thread_local std::optional<Fault> t_fault;
 
 struct Cancelled {};
@@ -30,7 +29,11 @@ void thread_body(void* argument) {
     if (!t_fault) t_fault = std::move(f);
   } catch (const Cancelled&) {
   }
-  thread.state = Thread::State::kEnded;
+  thread.block.set_state(thread, Thread::State::kEnded);
+}
+
+bool waits_for_grid(const std::unique_ptr<Thread>& thread) {
+  return thread->state == Thread::State::kWaiting && std::strcmp(thread->meeting.what, "grid barrier") == 0;
 }
 
 }  // namespace
@@ -42,18 +45,15 @@ std::string to_string(Where where) {
 
 void fault(Where where, const std::string& what) {
   const std::string place = to_string(where) + ": ";
-  if (t_current == nullptr) throw Fault{place + what};
-  throw Fault{place + "kernel " + t_current->block.grid.shape.kernel + ", " + name_of(*t_current) + " " + what};
+  if (t_running == nullptr) throw Fault{place + what};
+  throw Fault{place + "kernel " + t_running->block.grid.shape.kernel + ", " + name_of(*t_running) + " " + what};
 }
 
-Thread& current() {
-  if (t_current == nullptr) throw Fault{"a device function was called outside a kernel"};
-  return *t_current;
-}
+constinit thread_local Thread* t_running = nullptr;
+
+void outside_a_kernel() { throw Fault{"a device function was called outside a kernel"}; }
 
 Actor Thread::actor() const { return {block.linear, index, block.grid.epoch, clock}; }
-
-int64_t Thread::occurrence(Access access, Where at) { return passes[{at.file, at.line, access}]++; }
 
 // ---- a block ------------------------------------------------------------------------------------------------
 
@@ -61,9 +61,12 @@ Block::Block(Grid& grid, int linear, const int (&where)[3])
     : grid(grid),
       linear(linear),
       index{where[0], where[1], where[2]},
+      warps(static_cast<size_t>((grid.shape.threads + 31) / 32)),
       shared(grid.shape.shared_bytes, grid.shape.threads) {
+  const Seen nothing = Gathering(grid.shape.threads).all();
   for (int t = 0; t < grid.shape.threads; ++t) {
-    threads.push_back(std::make_unique<Thread>(*this, t, grid.shape.threads, grid.stacks));
+    threads.push_back(std::make_unique<Thread>(*this, t, nothing, grid.stacks));
+    set_state(*threads.back(), Thread::State::kReady);
     threads.back()->fiber.prepare(thread_body, threads.back().get());
   }
 }
@@ -72,10 +75,17 @@ Block::~Block() {
   for (const auto& thread : threads) {
     if (!thread->started || thread->state == Thread::State::kEnded) continue;
     thread->cancelled = true;
-    t_current = thread.get();
+    t_running = thread.get();
     thread->fiber.enter();
-    t_current = nullptr;
+    t_running = nullptr;
   }
+}
+
+void Block::set_state(Thread& thread, Thread::State state) {
+  thread.state = state;
+  uint32_t& ready = warps[static_cast<size_t>(thread.warp())].ready;
+  const uint32_t lane = 1u << thread.lane();
+  ready = state == Thread::State::kReady ? ready | lane : ready & ~lane;
 }
 
 bool Block::ended() const {
@@ -83,29 +93,33 @@ bool Block::ended() const {
                      [](const auto& thread) { return thread->state == Thread::State::kEnded; });
 }
 
+void Block::finish_counts() {
+  for (Warp& warp : warps) warp.instructions.finish(grid.counters);
+}
+
 void Block::run() {
   std::vector<Thread*> ready;
   while (true) {
+    std::erase_if(at_memory_, [this](Thread* thread) {
+      if (!thread->meeting.memory->lets_pass(thread->meeting.parity)) return false;
+      set_state(*thread, Thread::State::kReady);
+      return true;
+    });
     ready.clear();
-    bool at_grid_barrier = true;
     for (const auto& thread : threads) {
-      if (thread->state == Thread::State::kWaiting && thread->meeting.condition && thread->meeting.condition()) {
-        thread->state = Thread::State::kReady;
-      }
       if (thread->state == Thread::State::kReady) ready.push_back(thread.get());
-      if (std::strcmp(thread->meeting.what, "grid barrier") != 0) at_grid_barrier = false;
     }
     if (ready.empty()) {
-      if (ended() || at_grid_barrier) return;
+      if (ended() || std::all_of(threads.begin(), threads.end(), waits_for_grid)) return;
       stuck();
     }
     std::shuffle(ready.begin(), ready.end(), grid.random);
     for (Thread* thread : ready) {
       if (thread->state != Thread::State::kReady) continue;
-      t_current = thread;
+      t_running = thread;
       thread->started = true;
       thread->fiber.enter();
-      t_current = nullptr;
+      t_running = nullptr;
       if (t_fault) {
         Fault f = std::move(*t_fault);
         t_fault.reset();
@@ -116,111 +130,9 @@ void Block::run() {
 }
 
 void Block::pause(Thread& self) {
-  self.state = Thread::State::kWaiting;
+  set_state(self, Thread::State::kWaiting);
   self.fiber.leave();
   if (self.cancelled) throw Cancelled{};
-  self.meeting = {};
-}
-
-// All that `met` have done is ordered before all that they will do.
-void Block::order(const std::vector<Thread*>& met) {
-  std::vector<Moment> joined = met.front()->clock.moments();
-  for (const Thread* thread : met) {
-    const auto& moments = thread->clock.moments();
-    for (size_t i = 0; i < joined.size(); ++i) joined[i] = std::max(joined[i], moments[i]);
-  }
-  for (Thread* thread : met) {
-    thread->clock.join(joined);
-    thread->clock.tick();
-  }
-}
-
-void Block::diverged(const Thread& waiting, const Thread& other) {
-  std::string where;
-  if (other.state == Thread::State::kEnded) {
-    where = "has returned";
-  } else {
-    where = std::string("is at ") + other.meeting.what + " in " + to_string(other.meeting.at);
-  }
-  fault(waiting.meeting.at, std::string("waits at ") + waiting.meeting.what + " for thread " +
-                                std::to_string(other.index) + ", which " + where + ": divergence");
-}
-
-void Block::meet_warp(const char* what, uint32_t lanes, Where at, void* payload, WarpAction action,
-                      bool orders_memory) {
-  Thread& self = current();
-  self.meeting = {.what = what, .at = at, .lanes = lanes, .payload = payload, .condition = {}};
-  if ((lanes >> self.lane() & 1) == 0)
-    fault(at, std::string("calls ") + what + " with a mask that lacks its own lane");
-  std::vector<Thread*> met;
-  bool complete = true;
-  for (int lane = 0; lane < 32; ++lane) {
-    if ((lanes >> lane & 1) == 0) continue;
-    const size_t t = static_cast<size_t>(self.warp() * 32 + lane);
-    if (t >= threads.size()) fault(at, std::string("calls ") + what + " with a lane that its warp does not have");
-    Thread& other = *threads[t];
-    met.push_back(&other);
-    if (&other == &self) continue;
-    if (other.state == Thread::State::kReady) {
-      complete = false;
-    } else if (other.state == Thread::State::kEnded || std::strcmp(other.meeting.what, what) != 0 ||
-               !(other.meeting.at == at) || other.meeting.lanes != lanes) {
-      diverged(self, other);
-    }
-  }
-  if (!complete) return pause(self);
-  void* payloads[32] = {};
-  for (Thread* thread : met) payloads[thread->lane()] = thread->meeting.payload;
-  if (action != nullptr) action(payloads, lanes);
-  if (orders_memory) order(met);
-  for (Thread* thread : met) {
-    if (thread != &self) thread->state = Thread::State::kReady;
-  }
-  self.meeting = {};
-}
-
-void Block::meet_block(const char* what, int64_t barrier, int expected, Where at) {
-  Thread& self = current();
-  self.meeting = {.what = what, .at = at, .barrier = barrier, .expected = expected, .condition = {}};
-  std::vector<Thread*> met{&self};
-  for (const auto& thread : threads) {
-    if (thread->state == Thread::State::kWaiting && thread->meeting.barrier == barrier)
-      met.push_back(thread.get());
-  }
-  for (Thread* thread : met) {
-    if (!(thread->meeting.at == at) && barrier == 0) diverged(self, *thread);
-    if (thread->meeting.expected != expected) {
-      fault(at, std::string("expects ") + std::to_string(expected) + " threads at a barrier where thread " +
-                    std::to_string(thread->index) + " expects " + std::to_string(thread->meeting.expected));
-    }
-  }
-  if (static_cast<int>(met.size()) < expected) return pause(self);
-  order(met);
-  for (Thread* thread : met) {
-    if (thread != &self) thread->state = Thread::State::kReady;
-  }
-  self.meeting = {};
-}
-
-void Block::meet_grid(Where at) {
-  Thread& self = current();
-  if (!grid.shape.cooperative) fault(at, "meets the grid in a launch that is not cooperative");
-  self.meeting = {.what = "grid barrier", .at = at, .condition = {}};
-  pause(self);
-}
-
-void Block::release_grid_barrier() {
-  std::vector<Thread*> all;
-  for (const auto& thread : threads) all.push_back(thread.get());
-  order(all);
-  for (Thread* thread : all) thread->state = Thread::State::kReady;
-}
-
-void Block::wait_until(const char* what, std::function<bool()> condition, Where at) {
-  Thread& self = current();
-  if (condition()) return;
-  self.meeting = {.what = what, .at = at, .condition = std::move(condition)};
-  pause(self);
 }
 
 void Block::stuck() {
@@ -231,9 +143,9 @@ void Block::stuck() {
       break;
     }
   }
-  t_current = const_cast<Thread*>(waiting);
+  t_running = const_cast<Thread*>(waiting);
   struct Reset {
-    ~Reset() { t_current = nullptr; }
+    ~Reset() { t_running = nullptr; }
   } reset;
   // Name one that is missing: a lane of its mask, or any thread that is elsewhere.
   for (const auto& other : threads) {
@@ -253,7 +165,7 @@ void Block::stuck() {
 
 void Grid::run() {
   struct Cleared {
-    ~Cleared() { t_current = nullptr; }
+    ~Cleared() { t_running = nullptr; }
   } cleared;
   const int blocks = shape.grid[0] * shape.grid[1] * shape.grid[2];
   std::vector<int> order(static_cast<size_t>(blocks));
@@ -266,8 +178,9 @@ void Grid::run() {
   global.begin_launch();
   if (!shape.cooperative) {
     for (int b : order) {
-      make(b)->run();
-      counters.finish_block();
+      const auto block = make(b);
+      block->run();
+      block->finish_counts();
     }
     return;
   }
@@ -285,7 +198,7 @@ void Grid::run() {
     ++epoch;
     for (const auto& block : all) block->release_grid_barrier();
   }
-  counters.finish_block();
+  for (const auto& block : all) block->finish_counts();
 }
 
 }  // namespace fastlora::emulator

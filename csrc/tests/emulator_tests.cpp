@@ -290,6 +290,22 @@ void reuse(Job job) {
   store_global(static_cast<uint32_t*>(job.out) + thread_index(), sum);
 }
 
+// Two threads a word. value 0: correct. 1: both write one half of it. 2: one writes its half while the other may
+// still read the word.
+void halves(Job job) {
+  auto* half = shared_memory<uint16_t>(0);
+  const int t = thread_index();
+  store_shared(half + (job.value == 1 ? t / 2 * 2 : t), static_cast<uint16_t>(t));
+  sync_threads();
+  const uint32_t word = load_shared(reinterpret_cast<uint32_t*>(half) + t / 2);
+  if (job.value != 2) sync_threads();
+  store_shared(half + t, static_cast<uint16_t>(t + 100));
+  sync_threads();
+  if (t % 2 == 0) store_shared(reinterpret_cast<uint32_t*>(half) + t / 2, word);
+  sync_threads();
+  store_global(static_cast<uint32_t*>(job.out) + t, load_shared(reinterpret_cast<uint32_t*>(half) + t / 2));
+}
+
 void wide(Job job) {
   const auto v = load_global(reinterpret_cast<const Words4*>(static_cast<const uint32_t*>(job.in) + job.value));
   store_global(static_cast<uint32_t*>(job.out), v.w[0]);
@@ -315,6 +331,14 @@ void test_planted_bugs() {
     expect_clean("reuse", run(reuse, with(0), 64, 256));
     expect_fault("filled before it was read", run(reuse, with(1), 64, 256),
                  "read with no barrier between: a race");
+    expect_clean("halves", run(halves, with(0), 64, 128));
+    for (int t = 0; t < 64; ++t) {
+      uint32_t got;
+      std::memcpy(&got, out + 4 * t, 4);
+      check(static_cast<int>(got) == t / 2 * 2 + ((t / 2 * 2 + 1) << 16), "thread %d: got %x", t, got);
+    }
+    expect_fault("two writers of half a word", run(halves, with(1), 64, 128), "wrote with no barrier between");
+    expect_fault("half a word written too early", run(halves, with(2), 64, 128), "no barrier between: a race");
     expect_clean("wide", run(wide, with(0), 1, 0));
     expect_fault("a misaligned load", run(wide, with(1), 1, 0), "no multiple of 16");
     expect_clean("sums", run(sums, with(0), 32, 0));

@@ -1,14 +1,12 @@
-// The emulated device's memory and who has touched it. Every byte of shared memory knows whether it was written,
-// by whom and when, and who read it since; global buffers are known by address and length, and likewise watched
-// within one launch.
+// A block's shared memory and who has touched it: every byte knows whether it was written, by whom and when, and
+// who has read it since.
 #pragma once
 
 #include <cstdint>
-#include <map>
 #include <memory>
-#include <string>
 #include <vector>
 
+#include "cells.h"
 #include "clock.h"
 #include "fault.h"
 
@@ -36,6 +34,8 @@ class SharedMemory {
     const auto* byte = static_cast<const uint8_t*>(p);
     return byte >= base_ && byte < base_ + bytes_;
   }
+  // Every thread of the block has met every other: all accesses so far are ordered before all that follow.
+  void all_met() { ++meetings_; }
 
   // Each faults on an address out of range and on an access not ordered by a barrier after another thread's;
   // read also on bytes never written and on those a copy is still under way to.
@@ -51,60 +51,28 @@ class SharedMemory {
   static constexpr int kNobody = -1, kMany = -2;
   struct Cell {
     int16_t writer = kNobody;  // kNobody: never written
-    int16_t reader = kNobody;  // since the last write; kMany: see many_reads_
+    int16_t reader = kNobody;  // since the last write
     int16_t copier = kNobody;  // an asynchronous copy to this byte is under way
     bool by_atomic = false;    // the last write
     Moment written = 0;
-    Moment read = 0;
+    Moment read = 0;  // of kMany: which of readers_ has them
   };
   int64_t offset_of(const void* p, int64_t bytes, const char* verb, Where at) const;
   void check_written_before(const Cell& cell, int64_t offset, const Actor& who, const char* verb, Where at) const;
   void check_read_before(const Cell& cell, int64_t offset, const Actor& who, Where at) const;
+  void note_read(Cell& cell, const Actor& who);
   void note_write(Cell& cell, const Actor& who, bool by_atomic);
+  Moment take_readers();
+  Cell split(const Cell& cell);
 
   uint8_t* base_;
   int64_t bytes_;
   int threads_;
-  std::vector<Cell> cells_;
-  std::vector<std::unique_ptr<Moment[]>> many_reads_;  // per four bytes, a moment a thread
-};
-
-// Buffers a launch may touch. Those of tests are registered one by one; anything else is out of bounds.
-class GlobalMemory {
- public:
-  void add(const void* base, int64_t bytes, bool writable, const std::string& name);
-  void remove(const void* base);
-  void begin_launch() { ++launch_; }
-
-  void read(const void* p, int64_t bytes, const Actor& who, Where at);
-  void write(const void* p, int64_t bytes, const Actor& who, Where at);
-  void atomic(const void* p, int64_t bytes, const Actor& who, Where at);
-
- private:
-  struct Cell {  // of one byte, meaningful within one launch
-    int32_t launch = 0;
-    int32_t write_block = -1, read_block = -1;  // -2: several blocks have read it
-    int16_t write_thread = 0, read_thread = 0;
-    int32_t write_epoch = 0, read_epoch = 0;
-    Moment written = 0, read = 0;
-    bool by_atomic = false;
-  };
-  struct Buffer {
-    const uint8_t* base;
-    int64_t bytes;
-    bool writable;
-    std::string name;
-    std::vector<Cell> cells;
-  };
-  // Whether the last write to a byte, or the last read of it, is ordered before what `who` does now.
-  static bool write_ordered(const Cell& cell, const Actor& who);
-  static bool read_ordered(const Cell& cell, const Actor& who);
-  static void note_write(Cell& cell, const Actor& who, bool by_atomic);
-  Buffer& find(const void* p, int64_t bytes, const char* verb, Where at);
-  Cell& cell_of(Buffer& buffer, const uint8_t* byte);
-
-  std::map<const uint8_t*, Buffer> buffers_;
-  int32_t launch_ = 0;
+  Moment meetings_ = 1;
+  Cells<Cell> cells_;
+  // Of cells with several readers: meetings_ at the last read, then the moment of each thread's, 0 for none.
+  std::vector<std::unique_ptr<Moment[]>> readers_;
+  std::vector<Moment> free_readers_;
 };
 
 }  // namespace fastlora::emulator
