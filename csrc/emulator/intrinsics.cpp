@@ -1,6 +1,7 @@
 #include "intrinsics.h"
 
 #include "machine.h"
+#include "product.h"
 
 namespace fastlora::emulator {
 namespace {
@@ -20,8 +21,6 @@ struct MatrixSeat {
   bool transposed;
   Where at;
 };
-
-using Two = double __attribute__((vector_size(16)));  // columns of a row
 
 struct TileSeat {
   Half kind;
@@ -71,11 +70,7 @@ void load_matrices(void* const (&payloads)[32], uint32_t) {
 }
 
 void multiply_tiles(void* const (&payloads)[32], uint32_t) {
-  double a[16][16];
-  union {
-    double at[16][8];
-    Two pairs[16][4];
-  } b, d;
+  alignas(16) double a[16][16], b[16][8], d[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const auto& seat = *static_cast<const TileSeat*>(payloads[lane]);
     const int group = lane / 4, pair = lane % 4 * 2;
@@ -84,27 +79,16 @@ void multiply_tiles(void* const (&payloads)[32], uint32_t) {
       a[group + i / 2 % 2 * 8][pair + i % 2 + i / 4 * 8] = value_of(seat.kind, half_at(seat.a, i));
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) b.at[pair + i % 2 + i / 2 * 8][group] = value_of(seat.kind, half_at(seat.b, i));
+    for (int i = 0; i < 4; ++i) b[pair + i % 2 + i / 2 * 8][group] = value_of(seat.kind, half_at(seat.b, i));
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) d.at[group + i / 2 * 8][pair + i % 2] = static_cast<double>(seat.d[i]);
+    for (int i = 0; i < 4; ++i) d[group + i / 2 * 8][pair + i % 2] = static_cast<double>(seat.d[i]);
   }
-  for (int row = 0; row < 16; ++row) {
-    Two sum[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) sum[i] = d.pairs[row][i];
-    for (int k = 0; k < 16; ++k) {
-      const double x = a[row][k];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) sum[i] += x * b.pairs[k][i];
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) d.pairs[row][i] = sum[i];
-  }
+  add_product(d[0], a[0], b[0], 16, 8);
   for (int lane = 0; lane < 32; ++lane) {
     auto& seat = *static_cast<TileSeat*>(payloads[lane]);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      seat.d[i] = static_cast<float>(d.at[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
+      seat.d[i] = static_cast<float>(d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
     }
   }
 }
@@ -287,14 +271,7 @@ void memory_barrier_arrive(uint64_t* barrier, Where at) {
   Thread& t = current();
   MemoryBarrier& b = barrier_at(barrier, at);
   t.block.shared.atomic(barrier, 8, t.actor(), at);
-  b.arrived.add(t.clock);
-  t.clock.tick();
-  if (--b.pending == 0) {
-    b.pending = b.expected;
-    ++b.phase;
-    b.passed = b.arrived.all();
-    b.learner.reset();
-  }
+  t.block.arrive_memory(b);
 }
 
 void memory_barrier_wait(uint64_t* barrier, int parity, Where at) {

@@ -50,6 +50,16 @@ void memory_barrier_init(uint64_t* barrier, int count, Where at);
 void memory_barrier_arrive(uint64_t* barrier, Where at);
 void memory_barrier_wait(uint64_t* barrier, int parity, Where at);
 
+// wgmma of four warps (warpgroup.cuh): d (64 x columns) += a·b, which comes to d when a wait covers its group.
+// Until then d holds NaNs, and b's bytes may not be written.
+void multiply_warpgroup(Half kind, int columns, float* d, const uint32_t* a, const void* b, int step, Where at);
+void fence_warpgroup(Where at);
+void commit_warpgroup(Where at);
+void wait_warpgroup(int pending, Where at);
+void fence_async_proxy(Where at);
+// setmaxnreg: all of a warpgroup call it.
+void set_registers(Where at);
+
 // griddepcontrol.wait. Launches do not overlap here, so there is nothing to wait for.
 void wait_for_previous_launch(Where at);
 

@@ -25,6 +25,9 @@ void thread_body(void* argument) {
     if (!thread.copies.empty()) {
       fault(thread.copies.front().at, "returns with an asynchronous copy under way: a wait is missing");
     }
+    if (!thread.products.reads.empty()) {
+      fault(thread.products.reads.front().at, "returns with a product under way: a wait is missing");
+    }
   } catch (Fault& f) {
     if (!t_fault) t_fault = std::move(f);
   } catch (const Cancelled&) {
@@ -100,11 +103,6 @@ void Block::finish_counts() {
 void Block::run() {
   std::vector<Thread*> ready;
   while (true) {
-    std::erase_if(at_memory_, [this](Thread* thread) {
-      if (!thread->meeting.memory->lets_pass(thread->meeting.parity)) return false;
-      set_state(*thread, Thread::State::kReady);
-      return true;
-    });
     ready.clear();
     for (const auto& thread : threads) {
       if (thread->state == Thread::State::kReady) ready.push_back(thread.get());
@@ -135,6 +133,14 @@ void Block::pause(Thread& self) {
   if (self.cancelled) throw Cancelled{};
 }
 
+// Whether a meeting of `waiting` is one for `other` as well; any, where it cannot be told.
+bool Block::awaits(const Thread& waiting, const Thread& other) const {
+  const Thread::Meeting& meeting = waiting.meeting;
+  if (meeting.warpgroup) return other.index / kWarpgroup == waiting.index / kWarpgroup;
+  if (meeting.lanes == 0) return true;
+  return other.warp() == waiting.warp() && (meeting.lanes >> other.lane() & 1) != 0;
+}
+
 void Block::stuck() {
   const Thread* waiting = nullptr;
   for (const auto& thread : threads) {
@@ -149,10 +155,7 @@ void Block::stuck() {
   } reset;
   // Name one that is missing: a lane of its mask, or any thread that is elsewhere.
   for (const auto& other : threads) {
-    if (other.get() == waiting) continue;
-    const bool same_warp = other->warp() == waiting->warp();
-    if (waiting->meeting.lanes != 0 && (!same_warp || (waiting->meeting.lanes >> other->lane() & 1) == 0))
-      continue;
+    if (other.get() == waiting || !awaits(*waiting, *other)) continue;
     if (other->state == Thread::State::kEnded || other->meeting.barrier != waiting->meeting.barrier ||
         !(other->meeting.at == waiting->meeting.at)) {
       diverged(*waiting, *other);

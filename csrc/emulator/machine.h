@@ -52,6 +52,24 @@ struct MemoryBarrier {
   bool lets_pass(int parity) const { return phase % 2 != parity; }
 };
 
+// A thread's part in the products that its warpgroup has issued and it has not waited for.
+struct Products {
+  struct Sum {  // registers that hold poison until the last product into them is done
+    float* registers;
+    int64_t group;  // of the thread's commits
+    std::vector<float> values;
+  };
+  struct Read {
+    int number;  // of SharedMemory
+    int64_t group;
+    Where at;
+  };
+  std::vector<Sum> sums;
+  std::vector<Read> reads;
+  int64_t groups_committed = 0;
+  bool fenced = false;  // since the last wait
+};
+
 struct Thread {
   Thread(Block& block, int index, const Seen& nothing, StackPool& stacks)
       : block(block), index(index), clock(index, nothing), fiber(stacks) {}
@@ -65,7 +83,8 @@ struct Thread {
     int64_t barrier = -1;     // of a block's
     int expected = 0;         // threads that the barrier needs
     void* payload = nullptr;  // read and written by whoever comes last
-    const MemoryBarrier* memory = nullptr;
+    bool warpgroup = false;   // all of it
+    MemoryBarrier* memory = nullptr;
     int parity = 0;
   };
 
@@ -82,6 +101,8 @@ struct Thread {
   VectorClock clock;
   std::vector<AsyncCopy> copies;
   int64_t groups_committed = 0;
+  Products products;
+  std::vector<Moment> proxy_fences;  // the moments that they ended
   Fiber fiber;
 };
 
@@ -98,6 +119,9 @@ struct Warp {
 };
 
 using WarpAction = void (*)(void* const (&payloads)[32], uint32_t lanes);
+// Of a whole warpgroup: its threads, each with its payload in its meeting.
+constexpr int kWarpgroup = 128;
+using WarpgroupAction = void (*)(Block& block, const std::vector<Thread*>& threads, Where at);
 
 class Block {
  public:
@@ -110,11 +134,14 @@ class Block {
   void release_grid_barrier();
   void finish_counts();
 
-  // From inside a thread: meet the warp's lanes in `lanes`, the last of which does `action`; meet `expected`
-  // threads of the block at `barrier`; meet all of the grid; wait for a phase of an mbarrier to end.
+  // From inside a thread: meet the warp's lanes in `lanes`, or the warpgroup, the last of which does `action`;
+  // meet `expected` threads of the block at `barrier`; meet all of the grid; arrive at an mbarrier, or wait for a
+  // phase of it to end.
   void meet_warp(const char* what, uint32_t lanes, Where at, void* payload, WarpAction action, bool orders_memory);
+  void meet_warpgroup(const char* what, Where at, void* payload, WarpgroupAction action);
   void meet_block(const char* what, int barrier, int expected, Where at);
   void meet_grid(Where at);
+  void arrive_memory(MemoryBarrier& barrier);
   void wait_memory(MemoryBarrier& barrier, int parity, Where at);
 
   Grid& grid;
@@ -136,7 +163,11 @@ class Block {
   [[noreturn]] void stuck();
   void pause(Thread& self);
 
+  bool awaits(const Thread& waiting, const Thread& other) const;
+  void learn_passed(Thread& thread, MemoryBarrier& barrier);
+
   std::array<std::vector<Thread*>, 16> at_barrier_;
+  std::array<std::vector<Thread*>, 1024 / kWarpgroup> at_warpgroup_;
   std::vector<Thread*> at_memory_;  // waiting for an mbarrier
   std::vector<Thread*> met_;        // room for a list
 };

@@ -78,6 +78,27 @@ void Block::meet_warp(const char* what, uint32_t lanes, Where at, void* payload,
   warp.ready |= lanes;
 }
 
+// Warps of a warpgroup may be anywhere when its first thread comes, but not ended, and not at another such
+// meeting.
+void Block::meet_warpgroup(const char* what, Where at, void* payload, WarpgroupAction action) {
+  Thread& self = current();
+  self.meeting = {.what = what, .at = at, .payload = payload, .warpgroup = true};
+  const auto group = static_cast<size_t>(self.index / kWarpgroup);
+  if ((group + 1) * kWarpgroup > threads.size()) {
+    fault(at, std::string("calls ") + what + " outside a whole warpgroup of 128 threads");
+  }
+  std::vector<Thread*>& met = at_warpgroup_[group];
+  if (!met.empty() && (!same(met.front()->meeting.what, what) || !(met.front()->meeting.at == at))) {
+    diverged(self, *met.front());
+  }
+  met.push_back(&self);
+  if (met.size() < kWarpgroup) return pause(self);
+  std::sort(met.begin(), met.end(), [](const Thread* a, const Thread* b) { return a->index < b->index; });
+  if (action != nullptr) action(*this, met, at);
+  for (Thread* thread : met) set_state(*thread, Thread::State::kReady);
+  met.clear();
+}
+
 void Block::meet_block(const char* what, int barrier, int expected, Where at) {
   Thread& self = current();
   self.meeting = {.what = what, .at = at, .barrier = barrier, .expected = expected};
@@ -112,22 +133,42 @@ void Block::release_grid_barrier() {
   for (Thread* thread : met_) set_state(*thread, Thread::State::kReady);
 }
 
+void Block::arrive_memory(MemoryBarrier& barrier) {
+  Thread& self = current();
+  barrier.arrived.add(self.clock);
+  self.clock.tick();
+  if (--barrier.pending != 0) return;
+  barrier.pending = barrier.expected;
+  ++barrier.phase;
+  barrier.passed = barrier.arrived.all();
+  barrier.learner.reset();
+  std::erase_if(at_memory_, [&](Thread* thread) {
+    if (thread->meeting.memory != &barrier || !barrier.lets_pass(thread->meeting.parity)) return false;
+    learn_passed(*thread, barrier);
+    set_state(*thread, Thread::State::kReady);
+    return true;
+  });
+}
+
 void Block::wait_memory(MemoryBarrier& barrier, int parity, Where at) {
   Thread& self = current();
-  if (!barrier.lets_pass(parity)) {
-    self.meeting = {.what = "an mbarrier", .at = at, .memory = &barrier, .parity = parity};
-    at_memory_.push_back(&self);
-    pause(self);
-  }
+  if (barrier.lets_pass(parity)) return learn_passed(self, barrier);
+  self.meeting = {.what = "an mbarrier", .at = at, .memory = &barrier, .parity = parity};
+  at_memory_.push_back(&self);
+  pause(self);
+}
+
+// What those who arrived had done is ordered before what `thread` will do.
+void Block::learn_passed(Thread& thread, MemoryBarrier& barrier) {
   if (barrier.passed == nullptr) return;  // no phase has ended
-  if (self.clock.seen() != barrier.learner) {
+  if (thread.clock.seen() != barrier.learner) {
     Gathering both(static_cast<int>(threads.size()));
-    both.add(self.clock.seen());
+    both.add(thread.clock.seen());
     both.add(barrier.passed);
-    barrier.learner = self.clock.seen();
+    barrier.learner = thread.clock.seen();
     barrier.learned = std::move(both).take();
   }
-  self.clock.learn(barrier.learned);
+  thread.clock.learn(barrier.learned);
 }
 
 }  // namespace fastlora::emulator

@@ -122,8 +122,10 @@ void SharedMemory::read(const void* p, int64_t bytes, const Actor& who, Where at
 }
 
 void SharedMemory::write(const void* p, int64_t bytes, const Actor& who, Where at) {
+  const int64_t offset = offset_of(p, bytes, "writes", at);
+  check_not_in_tile_read(offset, bytes, "writes", who, at);
   cells_.each_alike(
-      offset_of(p, bytes, "writes", at), bytes,
+      offset, bytes,
       [&](Cell& cell, int64_t i) {
         check_written_before(cell, i, who, "writes", at);
         check_read_before(cell, i, who, at);
@@ -133,8 +135,10 @@ void SharedMemory::write(const void* p, int64_t bytes, const Actor& who, Where a
 }
 
 void SharedMemory::begin_copy(const void* p, int64_t bytes, const Actor& who, Where at) {
+  const int64_t offset = offset_of(p, bytes, "copies to", at);
+  check_not_in_tile_read(offset, bytes, "copies to", who, at);
   cells_.each(
-      offset_of(p, bytes, "copies to", at), bytes,
+      offset, bytes,
       [&](Cell& cell, int64_t i) {
         check_written_before(cell, i, who, "copies to", at);
         check_read_before(cell, i, who, at);
@@ -154,8 +158,10 @@ void SharedMemory::land_copy(const void* p, int64_t bytes, const Actor& who, Whe
 }
 
 void SharedMemory::atomic(const void* p, int64_t bytes, const Actor& who, Where at) {
+  const int64_t offset = offset_of(p, bytes, "updates", at);
+  check_not_in_tile_read(offset, bytes, "updates", who, at);
   cells_.each_alike(
-      offset_of(p, bytes, "updates", at), bytes,
+      offset, bytes,
       [&](Cell& cell, int64_t i) {
         if (cell.writer == kNobody)
           fault(at, "updates shared byte " + std::to_string(i) + ", which nothing has written");

@@ -2,6 +2,7 @@
 // who has read it since.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -19,6 +20,15 @@ struct Actor {
   int thread;
   int grid_epoch;
   const VectorClock& clock;
+};
+
+// What a warpgroup's product reads: of 128-byte rows from `base` on, 8 a swizzle, the two chunks of 16 bytes of
+// `step`.
+struct TileRead {
+  const void* base;
+  int rows;
+  int step;
+  int first_thread;  // of the warpgroup
 };
 
 class SharedMemory {
@@ -47,6 +57,12 @@ class SharedMemory {
   // Atomics are ordered among themselves, not with plain accesses.
   void atomic(const void* p, int64_t bytes, const Actor& who, Where at);
 
+  // A product of 128 threads begins to read, and is done for one of them; with the last, its bytes may be written.
+  // seen: for every thread, its last moment that all 128 have seen; fenced: the last that a proxy fence has
+  // followed. The number of the read.
+  int begin_tile_read(const TileRead& tile, const Moment* seen, const Moment* fenced, Where at);
+  void end_tile_read(int number, const Actor& who);
+
  private:
   static constexpr int kNobody = -1, kMany = -2;
   struct Cell {
@@ -60,6 +76,9 @@ class SharedMemory {
   int64_t offset_of(const void* p, int64_t bytes, const char* verb, Where at) const;
   void check_written_before(const Cell& cell, int64_t offset, const Actor& who, const char* verb, Where at) const;
   void check_read_before(const Cell& cell, int64_t offset, const Actor& who, Where at) const;
+  template <class Visit>
+  void each_chunk(const TileRead& tile, const Visit& visit) const;
+  void check_not_in_tile_read(int64_t offset, int64_t bytes, const char* verb, const Actor& who, Where at);
   void note_read(Cell& cell, const Actor& who);
   void note_write(Cell& cell, const Actor& who, bool by_atomic);
   Moment take_readers();
@@ -73,6 +92,21 @@ class SharedMemory {
   // Of cells with several readers: meetings_ at the last read, then the moment of each thread's, 0 for none.
   std::vector<std::unique_ptr<Moment[]>> readers_;
   std::vector<Moment> free_readers_;
+
+  static constexpr int kTileReaders = 128;
+  struct TileReads {
+    TileRead tile;
+    std::array<Moment, kTileReaders> ended{};  // when each of its threads had waited
+    int under_way = kTileReaders;              // for so many of them
+    Moment meetings = 0;                       // meetings_ when it was done
+  };
+  struct Chunk {  // 16 bytes
+    int under_way = 0;
+    std::array<int32_t, 1024 / kTileReaders>
+        done{};  // by warpgroup: the last read of it since a write, counted from 1
+  };
+  std::vector<TileReads> tile_reads_;
+  std::vector<Chunk> chunks_;  // none before the first product
 };
 
 }  // namespace fastlora::emulator
