@@ -70,6 +70,16 @@ bool GlobalMemory::read_ordered(const Cell& cell, const Actor& who) const {
   return cell.read_block == who.block && who.clock.has_seen(cell.read_thread, cell.read);
 }
 
+void GlobalMemory::check_previous(const Cell& cell, bool writes, int64_t offset, const Buffer& buffer,
+                                  const char* verb, Where at) const {
+  const auto under_way = [&](int32_t launch) { return launch >= oldest_ && launch < launch_; };
+  const bool written = under_way(cell.write_launch);
+  if (written || (writes && under_way(cell.read_launch))) {
+    fault(at, std::string(verb) + " " + place(offset, buffer.name) + ", which an earlier launch " +
+                  (written ? "writes" : "reads") + ", before wait_for_previous_launch");
+  }
+}
+
 void GlobalMemory::note_read(Cell& cell, const Actor& who) const {
   const bool read_in_this_epoch =
       cell.read_launch == launch_ && cell.read_block != kNobody && cell.read_epoch == who.grid_epoch;
@@ -95,6 +105,7 @@ void GlobalMemory::read(const void* p, int64_t bytes, const Actor& who, Where at
   buffer.cells.each(
       static_cast<const uint8_t*>(p) - buffer.base, bytes,
       [&](Cell& cell, int64_t i) {
+        if (!who.previous_over) check_previous(cell, false, i, buffer, "reads", at);
         if (!write_ordered(cell, who)) {
           fault(at, "reads " + place(i, buffer.name) + " that thread " + std::to_string(cell.write_thread) +
                         " of block " + std::to_string(cell.write_block) +
@@ -110,6 +121,7 @@ void GlobalMemory::write(const void* p, int64_t bytes, const Actor& who, Where a
   buffer.cells.each_alike(
       static_cast<const uint8_t*>(p) - buffer.base, bytes,
       [&](Cell& cell, int64_t i) {
+        if (!who.previous_over) check_previous(cell, true, i, buffer, "writes", at);
         if (!write_ordered(cell, who)) {
           fault(at, "writes " + place(i, buffer.name) + " that thread " + std::to_string(cell.write_thread) +
                         " of block " + std::to_string(cell.write_block) +
@@ -130,6 +142,7 @@ void GlobalMemory::atomic(const void* p, int64_t bytes, const Actor& who, Where 
   buffer.cells.each(
       static_cast<const uint8_t*>(p) - buffer.base, bytes,
       [&](Cell& cell, int64_t i) {
+        if (!who.previous_over) check_previous(cell, true, i, buffer, "updates", at);
         const bool after_atomic = cell.write_launch == launch_ && cell.by_atomic;
         if (!after_atomic && !write_ordered(cell, who)) {
           fault(at,

@@ -278,6 +278,10 @@ void memory_barrier_wait(uint64_t* barrier, int parity, Where at) {
   current().block.wait_memory(barrier_at(barrier, at), parity, at);
 }
 
-void wait_for_previous_launch(Where) { current(); }
+void wait_for_previous_launch(Where) {
+  Thread& t = current();
+  t.previous_over = true;
+  t.block.launch_waits.emplace_back(t.index, t.clock.now());
+}
 
 }  // namespace fastlora::emulator

@@ -60,7 +60,8 @@ void fence_async_proxy(Where at);
 // setmaxnreg: all of a warpgroup call it.
 void set_registers(Where at);
 
-// griddepcontrol.wait. Launches do not overlap here, so there is nothing to wait for.
+// griddepcontrol.wait: what the launches before have written may be touched from here on, also by threads that
+// meet this one in a barrier later.
 void wait_for_previous_launch(Where at);
 
 // Marks an atomic update; the caller then makes it (one thread runs at a time).

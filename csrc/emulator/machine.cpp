@@ -11,10 +11,13 @@ thread_local std::optional<Fault> t_fault;
 
 struct Cancelled {};
 
-std::string name_of(const Thread& thread) {
-  const Block& block = thread.block;
+std::string name_of(const Block& block) {
   return "block (" + std::to_string(block.index[0]) + ", " + std::to_string(block.index[1]) + ", " +
-         std::to_string(block.index[2]) + ") thread " + std::to_string(thread.index);
+         std::to_string(block.index[2]) + ")";
+}
+
+std::string name_of(const Thread& thread) {
+  return name_of(thread.block) + " thread " + std::to_string(thread.index);
 }
 
 // Fiber entry: faults end here, for none may cross from one stack to another.
@@ -56,7 +59,13 @@ constinit thread_local Thread* t_running = nullptr;
 
 void outside_a_kernel() { throw Fault{"a device function was called outside a kernel"}; }
 
-Actor Thread::actor() const { return {block.linear, index, block.grid.epoch, clock}; }
+Actor Thread::actor() {
+  if (!previous_over) {
+    previous_over = std::any_of(block.launch_waits.begin(), block.launch_waits.end(),
+                                [this](const auto& wait) { return clock.has_seen(wait.first, wait.second); });
+  }
+  return {block.linear, index, block.grid.epoch, previous_over, clock};
+}
 
 // ---- a block ------------------------------------------------------------------------------------------------
 
@@ -70,6 +79,7 @@ Block::Block(Grid& grid, int linear, const int (&where)[3])
   for (int t = 0; t < grid.shape.threads; ++t) {
     threads.push_back(std::make_unique<Thread>(*this, t, nothing, grid.stacks));
     set_state(*threads.back(), Thread::State::kReady);
+    threads.back()->previous_over = !grid.shape.overlaps;
     threads.back()->fiber.prepare(thread_body, threads.back().get());
   }
 }
@@ -96,8 +106,14 @@ bool Block::ended() const {
                      [](const auto& thread) { return thread->state == Thread::State::kEnded; });
 }
 
-void Block::finish_counts() {
+void Block::finish() {
   for (Warp& warp : warps) warp.instructions.finish(grid.counters);
+  if (grid.shape.overlaps && launch_waits.empty()) {
+    throw Fault{
+        std::string("kernel ") + grid.shape.kernel + ", " + name_of(*this) +
+        " ends where no thread of it has called wait_for_previous_launch: the end of this launch would not "
+        "mean the end of those before"};
+  }
 }
 
 void Block::run() {
@@ -178,12 +194,12 @@ void Grid::run() {
     const int where[3] = {b % shape.grid[0], b / shape.grid[0] % shape.grid[1], b / shape.grid[0] / shape.grid[1]};
     return std::make_unique<Block>(*this, b, where);
   };
-  global.begin_launch();
+  global.begin_launch(shape.overlaps);
   if (!shape.cooperative) {
     for (int b : order) {
       const auto block = make(b);
       block->run();
-      block->finish_counts();
+      block->finish();
     }
     return;
   }
@@ -201,7 +217,7 @@ void Grid::run() {
     ++epoch;
     for (const auto& block : all) block->release_grid_barrier();
   }
-  for (const auto& block : all) block->finish_counts();
+  for (const auto& block : all) block->finish();
 }
 
 }  // namespace fastlora::emulator

@@ -26,6 +26,7 @@ struct Shape {
   int threads;
   int64_t shared_bytes;
   bool cooperative;  // grid-wide barriers allowed
+  bool overlaps;     // may have begun before earlier launches have ended
 };
 
 class Block;
@@ -88,7 +89,7 @@ struct Thread {
     int parity = 0;
   };
 
-  Actor actor() const;
+  Actor actor();
   int lane() const { return index % 32; }
   int warp() const { return index / 32; }
 
@@ -99,6 +100,7 @@ struct Thread {
   bool cancelled = false;  // another thread's fault has ended the launch: unwind
   Meeting meeting;
   VectorClock clock;
+  bool previous_over = false;  // the launches before: it has waited, or seen that another thread had
   std::vector<AsyncCopy> copies;
   int64_t groups_committed = 0;
   Products products;
@@ -132,7 +134,8 @@ class Block {
   void run();
   bool ended() const;
   void release_grid_barrier();
-  void finish_counts();
+  // Nobody runs any more.
+  void finish();
 
   // From inside a thread: meet the warp's lanes in `lanes`, or the warpgroup, the last of which does `action`;
   // meet `expected` threads of the block at `barrier`; meet all of the grid; arrive at an mbarrier, or wait for a
@@ -151,6 +154,7 @@ class Block {
   std::vector<Warp> warps;
   SharedMemory shared;
   std::map<int64_t, MemoryBarrier> memory_barriers;  // by offset
+  std::vector<std::pair<int, Moment>> launch_waits;  // threads that have waited for the launch before, and when
 
   void set_state(Thread& thread, Thread::State state);
 

@@ -19,6 +19,7 @@ struct Actor {
   int block;
   int thread;
   int grid_epoch;
+  bool previous_over;  // this comes after the launches before
   const VectorClock& clock;
 };
 

@@ -264,6 +264,7 @@ void test_emulator() {
   test_grid();
   test_counters();
   test_emulator_bugs();
+  test_overlaps();
   test_warpgroup();
 }
 
