@@ -135,46 +135,52 @@ std::vector<LineCount> Counters::lines() const {
 
 // ---- what is under way --------------------------------------------------------------------------------------
 
-Lanes& OpenInstructions::Queue::at(size_t instruction) {
-  if (instruction / kChunk - first / kChunk >= ring.size()) {
-    std::vector<std::unique_ptr<Chunk>> larger(std::max<size_t>(1, 2 * ring.size()));
-    larger.swap(ring);
-    for (size_t i = 0; i < larger.size(); ++i) {
-      const size_t moved = first + i * kChunk;
-      chunk_of(moved) = std::move(larger[moved / kChunk & (larger.size() - 1)]);
+void OpenInstructions::Queue::grow() {
+  const size_t larger = std::max<size_t>(4, 2 * room);
+  std::vector<Passed> all(32 * larger);
+  for (size_t lane = 0; lane < 32; ++lane) {
+    for (size_t i = first; i < first + room; ++i) {
+      all[lane * larger + (i & (larger - 1))] = at(static_cast<int>(lane), i);
     }
   }
-  std::unique_ptr<Chunk>& chunk = chunk_of(instruction);
-  if (chunk == nullptr) chunk = std::make_unique<Chunk>();
-  return (*chunk)[instruction % kChunk];
+  passed = std::move(all);
+  room = larger;
+}
+
+Lanes OpenInstructions::Queue::take_first() {
+  Lanes lanes;
+  behind = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    const Passed mine = at(lane, first);
+    const size_t passed_by_it = count[static_cast<size_t>(lane)];
+    lanes.address[static_cast<size_t>(lane)] = mine & ((Passed{1} << kAddressBits) - 1);
+    if (passed_by_it > first) {
+      lanes.present |= 1u << lane;
+      lanes.bytes = static_cast<int>(mine >> kAddressBits);
+    }
+    if (passed_by_it <= first + 1) behind |= 1u << lane;
+  }
+  ++first;
+  return lanes;
 }
 
 void OpenInstructions::add(Counters& counters, Access access, Where at, int lane, uint64_t address, int bytes) {
   const auto site = static_cast<size_t>(counters.site_of(access, at));
   if (site >= queues_.size()) queues_.resize(site + 1);
   Queue& queue = queues_[site];
-  const size_t instruction = queue.passed[static_cast<size_t>(lane)]++;
-  Lanes& lanes = queue.at(instruction);
-  lanes.address[static_cast<size_t>(lane)] = address;
-  lanes.present |= 1u << lane;
-  lanes.bytes = bytes;
-  // Complete in order, for no lane passes one before the one before it.
-  if (lanes.present == 0xffffffffu) {
-    counters.settle(static_cast<int>(site), lanes);
-    lanes.present = 0;
-    ++queue.first;
-  }
+  const size_t instruction = queue.count[static_cast<size_t>(lane)]++;
+  if (instruction - queue.first >= queue.room) queue.grow();
+  queue.at(lane, instruction) = address | static_cast<Passed>(bytes) << kAddressBits;
+  if (instruction != queue.first) return;
+  queue.behind &= ~(1u << lane);
+  if (queue.behind == 0) counters.settle(static_cast<int>(site), queue.take_first());
 }
 
 void OpenInstructions::finish(Counters& counters) {
   for (size_t site = 0; site < queues_.size(); ++site) {
     Queue& queue = queues_[site];
-    for (const auto& chunk : queue.ring) {
-      if (chunk == nullptr) continue;
-      for (const Lanes& lanes : *chunk) {
-        if (lanes.present != 0) counters.settle(static_cast<int>(site), lanes);
-      }
-    }
+    const size_t end = *std::max_element(queue.count.begin(), queue.count.end());
+    while (queue.first < end) counters.settle(static_cast<int>(site), queue.take_first());
   }
   queues_.clear();
 }

@@ -4,7 +4,6 @@
 
 #include <array>
 #include <cstdint>
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -63,15 +62,20 @@ class OpenInstructions {
   void finish(Counters& counters);
 
  private:
-  struct Queue {  // of one site
-    static constexpr size_t kChunk = 4;
-    using Chunk = std::array<Lanes, kChunk>;
-    std::array<size_t, 32> passed{};
-    size_t first = 0;                          // of the instructions that the ring has room for
-    std::vector<std::unique_ptr<Chunk>> ring;  // a power of two of them, made when they are first needed
-
-    std::unique_ptr<Chunk>& chunk_of(size_t instruction) { return ring[instruction / kChunk & (ring.size() - 1)]; }
-    Lanes& at(size_t instruction);
+  // One lane's part: where, and above the 56 bits of an address, how many bytes.
+  using Passed = uint64_t;
+  static constexpr int kAddressBits = 56;
+  struct Queue {                     // of one site
+    std::array<size_t, 32> count{};  // instructions that each lane has passed
+    size_t first = 0;                // that not all have
+    uint32_t behind = 0xffffffffu;   // lanes that have not passed it
+    size_t room = 0;                 // instructions from first on, a power of two
+    std::vector<Passed> passed;      // lane after lane, each a ring
+    Passed& at(int lane, size_t instruction) {
+      return passed[static_cast<size_t>(lane) * room + (instruction & (room - 1))];
+    }
+    void grow();
+    Lanes take_first();
   };
   std::vector<Queue> queues_;
 };

@@ -29,17 +29,14 @@ int64_t SharedMemory::offset_of(const void* p, int64_t bytes, const char* verb, 
   return offset;
 }
 
-void SharedMemory::check_written_before(const Cell& cell, int64_t offset, const Actor& who, const char* verb,
-                                        Where at) const {
+void SharedMemory::fault_after_write(const Cell& cell, int64_t offset, const char* verb, Where at) {
   if (cell.copier != kNobody) {
     fault(at, std::string(verb) + " shared byte " + std::to_string(offset) +
                   " while an asynchronous copy of thread " + std::to_string(cell.copier) +
                   " to it is under way: a wait is missing");
   }
-  if (cell.writer >= 0 && !who.clock.has_seen(cell.writer, cell.written)) {
-    fault(at, std::string(verb) + " shared byte " + std::to_string(offset) + " that thread " +
-                  std::to_string(cell.writer) + " wrote with no barrier between: a race");
-  }
+  fault(at, std::string(verb) + " shared byte " + std::to_string(offset) + " that thread " +
+                std::to_string(cell.writer) + " wrote with no barrier between: a race");
 }
 
 void SharedMemory::check_read_before(const Cell& cell, int64_t offset, const Actor& who, Where at) const {
@@ -112,7 +109,7 @@ void SharedMemory::read(const void* p, int64_t bytes, const Actor& who, Where at
   cells_.each(
       offset_of(p, bytes, "reads", at), bytes,
       [&](Cell& cell, int64_t i) {
-        check_written_before(cell, i, who, "reads", at);
+        if (!after_write(cell, who)) fault_after_write(cell, i, "reads", at);
         if (cell.writer == kNobody) {
           fault(at, "reads shared byte " + std::to_string(i) + ", which nothing has written");
         }
@@ -127,7 +124,7 @@ void SharedMemory::write(const void* p, int64_t bytes, const Actor& who, Where a
   cells_.each_alike(
       offset, bytes,
       [&](Cell& cell, int64_t i) {
-        check_written_before(cell, i, who, "writes", at);
+        if (!after_write(cell, who)) fault_after_write(cell, i, "writes", at);
         check_read_before(cell, i, who, at);
         note_write(cell, who, false);
       },
@@ -140,7 +137,7 @@ void SharedMemory::begin_copy(const void* p, int64_t bytes, const Actor& who, Wh
   cells_.each(
       offset, bytes,
       [&](Cell& cell, int64_t i) {
-        check_written_before(cell, i, who, "copies to", at);
+        if (!after_write(cell, who)) fault_after_write(cell, i, "copies to", at);
         check_read_before(cell, i, who, at);
         cell.copier = static_cast<int16_t>(who.thread);
       },
@@ -165,7 +162,7 @@ void SharedMemory::atomic(const void* p, int64_t bytes, const Actor& who, Where 
       [&](Cell& cell, int64_t i) {
         if (cell.writer == kNobody)
           fault(at, "updates shared byte " + std::to_string(i) + ", which nothing has written");
-        if (!cell.by_atomic) check_written_before(cell, i, who, "updates", at);
+        if (!cell.by_atomic && !after_write(cell, who)) fault_after_write(cell, i, "updates", at);
         check_read_before(cell, i, who, at);
         note_write(cell, who, true);
       },

@@ -75,7 +75,11 @@ class SharedMemory {
     Moment read = 0;  // of kMany: which of readers_ has them
   };
   int64_t offset_of(const void* p, int64_t bytes, const char* verb, Where at) const;
-  void check_written_before(const Cell& cell, int64_t offset, const Actor& who, const char* verb, Where at) const;
+  // Nothing is under way to the byte, and its last write is ordered before what `who` does.
+  static bool after_write(const Cell& cell, const Actor& who) {
+    return cell.copier == kNobody && (cell.writer < 0 || who.clock.has_seen(cell.writer, cell.written));
+  }
+  [[noreturn]] static void fault_after_write(const Cell& cell, int64_t offset, const char* verb, Where at);
   void check_read_before(const Cell& cell, int64_t offset, const Actor& who, Where at) const;
   template <class Visit>
   void each_chunk(const TileRead& tile, const Visit& visit) const;
