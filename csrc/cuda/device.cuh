@@ -362,7 +362,8 @@ FASTLORA_DEVICE void store_shared(T* p, T value FASTLORA_AT) {
 // ---- launches that overlap ----------------------------------------------------------------------------------
 
 // In a launch that may begin before the one before it has ended (LaunchShape::overlaps): returns once that one has
-// ended and its writes are seen. What it wrote may not be touched before.
+// ended and its writes are seen; by others of the block too, once they meet this thread in a barrier. What it
+// writes may not be touched before, nor what it reads be written; and some thread of every block must call this.
 FASTLORA_DEVICE void wait_for_previous_launch(FASTLORA_AT_ONLY) {
 #ifdef __CUDACC__
 #if __CUDA_ARCH__ >= 900

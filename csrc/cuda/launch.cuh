@@ -99,8 +99,8 @@ int resident_blocks(void (*kernel)(Args), int threads, int shared_bytes) {
 template <class Args>
 Status launch(const char* name, void (*kernel)(Args), const LaunchShape& shape, const Args& args, void*) {
   const int grid[3] = {shape.blocks, shape.blocks_y, shape.blocks_z};
-  const bool ran =
-      emulator::launch(name, grid, shape.threads, shape.shared_bytes, shape.cooperative, [&] { kernel(args); });
+  const bool ran = emulator::launch(name, grid, shape.threads, shape.shared_bytes, shape.cooperative,
+                                    shape.overlaps, [&] { kernel(args); });
   return ran ? Status::kOk : Status::kDeviceError;
 }
 

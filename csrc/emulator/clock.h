@@ -5,31 +5,65 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
+#include <memory>
 
 namespace fastlora::emulator {
 
 using Moment = uint32_t;
 
+// The moments of every thread of a block that some of them have seen. Those who met last share one: a clock is
+// its own thread's present and what was seen at the last meeting.
+using Seen = std::shared_ptr<const Moment[]>;
+
 class VectorClock {
  public:
-  VectorClock() = default;
-  VectorClock(int threads, int self) : moments_(static_cast<size_t>(threads), 0), self_(self) {
-    moments_[static_cast<size_t>(self)] = 1;
-  }
+  VectorClock(int self, Seen seen) : self_(self), seen_(std::move(seen)) {}
 
-  Moment now() const { return moments_[static_cast<size_t>(self_)]; }
-  bool has_seen(int thread, Moment moment) const { return moment <= moments_[static_cast<size_t>(thread)]; }
-  void tick() { ++moments_[static_cast<size_t>(self_)]; }
-  const std::vector<Moment>& moments() const { return moments_; }
-
-  void join(const std::vector<Moment>& other) {
-    for (size_t i = 0; i < moments_.size(); ++i) moments_[i] = std::max(moments_[i], other[i]);
-  }
+  Moment now() const { return now_; }
+  bool has_seen(int thread, Moment moment) const { return thread == self_ || moment <= seen_[thread]; }
+  void tick() { ++now_; }
+  int self() const { return self_; }
+  const Seen& seen() const { return seen_; }
+  void learn(const Seen& seen) { seen_ = seen; }  // which holds all that this clock had seen
 
  private:
-  std::vector<Moment> moments_;
-  int self_ = 0;
+  int self_;
+  Moment now_ = 1;
+  Seen seen_;
+};
+
+// What a set of clocks have seen and done, joined one by one.
+class Gathering {
+ public:
+  explicit Gathering(int threads) : threads_(threads), joined_(std::make_shared<Moment[]>(count())) {}
+  Gathering(Gathering&&) = default;
+  Gathering& operator=(Gathering&&) = default;
+
+  void add(const VectorClock& clock) {
+    add(clock.seen());
+    Moment& own = joined_[clock.self()];
+    own = std::max(own, clock.now());
+  }
+  void add(const Seen& seen) {
+    if (seen == last_) return;
+    last_ = seen;
+    for (int i = 0; i < threads_; ++i) joined_[i] = std::max(joined_[i], seen[i]);
+  }
+  // All so far; the gathering goes on.
+  Seen all() const {
+    auto copy = std::make_shared<Moment[]>(count());
+    std::copy_n(joined_.get(), threads_, copy.get());
+    return copy;
+  }
+  // All of it, once.
+  Seen take() && { return std::move(joined_); }
+
+ private:
+  size_t count() const { return static_cast<size_t>(threads_); }
+
+  int threads_;
+  std::shared_ptr<Moment[]> joined_;
+  Seen last_;  // what was joined last; most have seen the same
 };
 
 }  // namespace fastlora::emulator

@@ -4,9 +4,7 @@
 
 #include <array>
 #include <cstdint>
-#include <map>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "fault.h"
@@ -26,34 +24,67 @@ struct LineCount {
   int64_t least;
 };
 
-// A warp's lanes run one after another here. The n-th time that each of them passes a line is taken for the n-th
-// execution of one warp-wide instruction, as it is on the device where lanes do not diverge.
+// The addresses that a warp's lanes give one instruction.
+struct Lanes {
+  std::array<uint64_t, 32> address;
+  uint32_t present = 0;  // a bit a lane
+  int bytes = 0;
+};
+
+// Sums by site: a line and what it does there.
 class Counters {
  public:
-  void add(Access access, Where at, int warp, int lane, int64_t occurrence, uint64_t address, int bytes);
+  int site_of(Access access, Where at);
+  void settle(int site, const Lanes& lanes);
   // Eight rows of 16 bytes read together: one ldmatrix phase.
   void add_matrix(Where at, const std::array<uint64_t, 8>& rows);
-  void finish_block();
   std::vector<LineCount> lines() const;
 
  private:
-  struct Lanes {
-    std::array<uint64_t, 32> address{};
-    uint32_t present = 0;
-    int bytes = 0;
+  struct Site {
+    const char* file;  // by its literal's address: lines() merges
+    int line;
+    Access access;
+    int64_t instructions = 0, bytes = 0, cost = 0, least = 0;
   };
-  using Site = std::tuple<const char*, int, Access>;  // the file by its literal's address: lines() merges
-  void settle(const Site& site, const Lanes& lanes);
 
-  std::map<std::tuple<Site, int, int64_t>, Lanes> open_;
-  std::map<Site, LineCount> done_;
+  std::vector<Site> sites_;
+  std::vector<int32_t> table_ = std::vector<int32_t>(64, -1);  // sites by hash, a power of two
+};
+
+// Instructions of one warp that not all of its lanes have passed. Lanes run one after another here: the n-th time
+// that each of them passes a line is taken for the n-th execution of one warp-wide instruction, as it is on the
+// device where lanes do not diverge.
+class OpenInstructions {
+ public:
+  void add(Counters& counters, Access access, Where at, int lane, uint64_t address, int bytes);
+  // Nobody else will come.
+  void finish(Counters& counters);
+
+ private:
+  // One lane's part: where, and above the 56 bits of an address, how many bytes.
+  using Passed = uint64_t;
+  static constexpr int kAddressBits = 56;
+  struct Queue {                     // of one site
+    std::array<size_t, 32> count{};  // instructions that each lane has passed
+    size_t first = 0;                // that not all have
+    uint32_t behind = 0xffffffffu;   // lanes that have not passed it
+    size_t room = 0;                 // instructions from first on, a power of two
+    std::vector<Passed> passed;      // lane after lane, each a ring
+    Passed& at(int lane, size_t instruction) {
+      return passed[static_cast<size_t>(lane) * room + (instruction & (room - 1))];
+    }
+    void grow();
+    Lanes take_first();
+  };
+  std::vector<Queue> queues_;
 };
 
 // Wavefronts of one shared-memory instruction: lanes in phases of 128 bytes; within a phase, as many as the
-// busiest of 32 four-byte banks has distinct words. `present` is the mask of lanes that take part.
-int64_t shared_wavefronts(const std::array<uint64_t, 32>& address, uint32_t present, int bytes, int64_t* least);
+// busiest of 32 four-byte banks has distinct words.
+int64_t shared_wavefronts(const Lanes& lanes, int64_t* least);
 
 // Distinct 32-byte sectors, and the fewest that hold as many distinct bytes.
-int64_t global_sectors(const std::array<uint64_t, 32>& address, uint32_t present, int bytes, int64_t* least);
+int64_t global_sectors(const Lanes& lanes, int64_t* least);
 
 }  // namespace fastlora::emulator

@@ -1,8 +1,7 @@
 #include "intrinsics.h"
 
-#include <cmath>
-
 #include "machine.h"
+#include "product.h"
 
 namespace fastlora::emulator {
 namespace {
@@ -31,7 +30,7 @@ struct TileSeat {
 };
 
 void check_aligned(const void* p, int bytes, Where at) {
-  if (reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) != 0) {
+  if ((reinterpret_cast<uintptr_t>(p) & static_cast<uintptr_t>(bytes - 1)) != 0) {
     fault(at, "accesses " + std::to_string(bytes) + " bytes at an address that is no multiple of " +
                   std::to_string(bytes));
   }
@@ -39,8 +38,8 @@ void check_aligned(const void* p, int bytes, Where at) {
 
 void count(Access access, const void* p, int bytes, Where at) {
   Thread& t = current();
-  t.block.grid.counters.add(access, at, t.block.linear * 32 + t.warp(), t.lane(), t.occurrence(access, at),
-                            reinterpret_cast<uintptr_t>(p), bytes);
+  t.block.warps[static_cast<size_t>(t.warp())].instructions.add(t.block.grid.counters, access, at, t.lane(),
+                                                                reinterpret_cast<uintptr_t>(p), bytes);
 }
 
 uint16_t half_at(const uint32_t* registers, int index) {
@@ -71,23 +70,23 @@ void load_matrices(void* const (&payloads)[32], uint32_t) {
 }
 
 void multiply_tiles(void* const (&payloads)[32], uint32_t) {
-  double a[16][16], b[16][8], d[16][8];
+  alignas(16) double a[16][16], b[16][8], d[16][8];
   for (int lane = 0; lane < 32; ++lane) {
     const auto& seat = *static_cast<const TileSeat*>(payloads[lane]);
     const int group = lane / 4, pair = lane % 4 * 2;
+#pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) {
       a[group + i / 2 % 2 * 8][pair + i % 2 + i / 4 * 8] = value_of(seat.kind, half_at(seat.a, i));
     }
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) b[pair + i % 2 + i / 2 * 8][group] = value_of(seat.kind, half_at(seat.b, i));
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) d[group + i / 2 * 8][pair + i % 2] = static_cast<double>(seat.d[i]);
   }
-  for (int row = 0; row < 16; ++row) {
-    for (int column = 0; column < 8; ++column) {
-      for (int k = 0; k < 16; ++k) d[row][column] += a[row][k] * b[k][column];
-    }
-  }
+  add_product(d[0], a[0], b[0], 16, 8);
   for (int lane = 0; lane < 32; ++lane) {
     auto& seat = *static_cast<TileSeat*>(payloads[lane]);
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       seat.d[i] = static_cast<float>(d[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
     }
@@ -222,16 +221,12 @@ void copy_async_commit(Where) { ++current().groups_committed; }
 void copy_async_wait(int pending, Where at) {
   Thread& t = current();
   const int64_t landed = t.groups_committed - pending;  // groups below this number
-  std::vector<AsyncCopy> left;
-  for (const AsyncCopy& copy : t.copies) {
-    if (copy.group >= landed) {
-      left.push_back(copy);
-      continue;
-    }
+  std::erase_if(t.copies, [&](const AsyncCopy& copy) {
+    if (copy.group >= landed) return false;
     t.block.shared.land_copy(copy.to, copy.bytes, t.actor(), at);
     std::memcpy(copy.to, copy.data, static_cast<size_t>(copy.bytes));
-  }
-  t.copies = std::move(left);
+    return true;
+  });
 }
 
 void load_matrix(uint32_t* out, int matrices, bool transposed, const void* row, Where at) {
@@ -267,110 +262,26 @@ void memory_barrier_init(uint64_t* barrier, int count, Where at) {
   check_aligned(barrier, 8, at);
   Thread& t = current();
   t.block.shared.write(barrier, 8, t.actor(), at);
-  const size_t threads = t.block.threads.size();
-  t.block.memory_barriers[reinterpret_cast<uint8_t*>(barrier) - t.block.shared.base()] = {
-      count, count, 0, std::vector<Moment>(threads), std::vector<Moment>(threads)};
+  t.block.memory_barriers.insert_or_assign(
+      reinterpret_cast<uint8_t*>(barrier) - t.block.shared.base(),
+      MemoryBarrier{.expected = count, .pending = count, .arrived = Gathering(thread_count())});
 }
 
 void memory_barrier_arrive(uint64_t* barrier, Where at) {
   Thread& t = current();
   MemoryBarrier& b = barrier_at(barrier, at);
   t.block.shared.atomic(barrier, 8, t.actor(), at);
-  for (size_t i = 0; i < b.arrived.size(); ++i) b.arrived[i] = std::max(b.arrived[i], t.clock.moments()[i]);
-  t.clock.tick();
-  if (--b.pending == 0) {
-    b.pending = b.expected;
-    ++b.phase;
-    b.passed = b.arrived;
-  }
+  t.block.arrive_memory(b);
 }
 
 void memory_barrier_wait(uint64_t* barrier, int parity, Where at) {
+  current().block.wait_memory(barrier_at(barrier, at), parity, at);
+}
+
+void wait_for_previous_launch(Where) {
   Thread& t = current();
-  MemoryBarrier& b = barrier_at(barrier, at);
-  // Over once the phase of that parity has ended: the current phase then has the other one.
-  t.block.wait_until("an mbarrier", [&b, parity] { return b.phase % 2 != parity; }, at);
-  t.clock.join(b.passed);
-}
-
-void wait_for_previous_launch(Where) { current(); }
-
-float bf16_to_float(uint16_t h) {
-  const uint32_t bits = static_cast<uint32_t>(h) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-uint16_t float_to_bf16(float f) {
-  if (std::isnan(f)) return 0x7fff;  // as the device's cvt has it
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
-}
-
-float fp16_to_float(uint16_t h) {
-  const int exponent = h >> 10 & 31, mantissa = h & 1023;
-  float f;
-  if (exponent == 31) {
-    f = mantissa == 0 ? INFINITY : NAN;
-  } else if (exponent == 0) {
-    f = std::ldexp(static_cast<float>(mantissa), -24);
-  } else {
-    f = std::ldexp(static_cast<float>(mantissa + 1024), exponent - 25);
-  }
-  return (h & 0x8000) != 0 ? -f : f;
-}
-
-uint16_t float_to_fp16(float f) {
-  const uint16_t sign = std::signbit(f) ? 0x8000 : 0;
-  if (std::isnan(f)) return 0x7fff;
-  const double magnitude = std::fabs(static_cast<double>(f));
-  if (magnitude >= 65520.0) return sign | 0x7c00;
-  int exponent = 0;
-  std::frexp(magnitude, &exponent);                                    // magnitude = 0.1... x 2^exponent
-  const int step = std::max(exponent - 11, -24);                       // the last place has 2^step
-  const double places = std::nearbyint(std::ldexp(magnitude, -step));  // to nearest even
-  const double rounded = std::ldexp(places, step);
-  if (rounded < 6.103515625e-05) return sign | static_cast<uint16_t>(std::ldexp(rounded, 24));
-  std::frexp(rounded, &exponent);
-  const auto mantissa = static_cast<uint16_t>(std::ldexp(rounded, 11 - exponent) - 1024.0);
-  return sign | static_cast<uint16_t>((exponent + 14) << 10) | mantissa;
-}
-
-uint32_t multiply_add_pair(bool bf16, uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t out = 0;
-  for (int shift : {0, 16}) {
-    const auto half = [&](uint32_t word) { return static_cast<uint16_t>(word >> shift); };
-    const auto value = [&](uint32_t word) {
-      return static_cast<double>(bf16 ? bf16_to_float(half(word)) : fp16_to_float(half(word)));
-    };
-    // A product of two halves is exact in float64. Rounding the sum on its way to float32 to odd keeps what the
-    // last rounding, to 8 or 11 bits, must know.
-    const double sum = std::fma(value(a), value(b), value(c));
-    auto rounded = static_cast<float>(sum);
-    if (std::isfinite(rounded) && static_cast<double>(rounded) != sum) {
-      const bool away = std::fabs(static_cast<double>(rounded)) > std::fabs(sum);
-      uint32_t bits;
-      std::memcpy(&bits, &rounded, 4);
-      bits = (away ? bits - 1 : bits) | 1u;
-      std::memcpy(&rounded, &bits, 4);
-    }
-    out |= static_cast<uint32_t>(bf16 ? float_to_bf16(rounded) : float_to_fp16(rounded)) << shift;
-  }
-  return out;
-}
-
-uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
-  const uint64_t bytes = (static_cast<uint64_t>(b) << 32) | a;
-  uint32_t out = 0;
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t nibble = selector >> (4 * i) & 15;
-    auto byte = static_cast<uint32_t>(bytes >> (8 * (nibble & 7)) & 255);
-    if ((nibble & 8) != 0) byte = (byte & 128) != 0 ? 255 : 0;
-    out |= byte << (8 * i);
-  }
-  return out;
+  t.previous_over = true;
+  t.block.launch_waits.emplace_back(t.index, t.clock.now());
 }
 
 }  // namespace fastlora::emulator

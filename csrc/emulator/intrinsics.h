@@ -2,6 +2,7 @@
 // (sections ldmatrix, mma.m16n8k16); csrc/tests/emulator_tests.cpp derives them again another way.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <cstring>
 
@@ -49,14 +50,25 @@ void memory_barrier_init(uint64_t* barrier, int count, Where at);
 void memory_barrier_arrive(uint64_t* barrier, Where at);
 void memory_barrier_wait(uint64_t* barrier, int parity, Where at);
 
-// griddepcontrol.wait. Launches do not overlap here, so there is nothing to wait for.
+// wgmma of four warps (warpgroup.cuh): d (64 x columns) += a·b, which comes to d when a wait covers its group.
+// Until then d holds NaNs, and b's bytes may not be written.
+void multiply_warpgroup(Half kind, int columns, float* d, const uint32_t* a, const void* b, int step, Where at);
+void fence_warpgroup(Where at);
+void commit_warpgroup(Where at);
+void wait_warpgroup(int pending, Where at);
+void fence_async_proxy(Where at);
+// setmaxnreg: all of a warpgroup call it.
+void set_registers(Where at);
+
+// griddepcontrol.wait: what the launches before have written may be touched from here on, also by threads that
+// meet this one in a barrier later.
 void wait_for_previous_launch(Where at);
 
 // Marks an atomic update; the caller then makes it (one thread runs at a time).
 void touch_atomic(const void* p, int bytes, Where at);
 
 // Conversions of the device, to nearest even.
-float bf16_to_float(uint16_t h);
+inline float bf16_to_float(uint16_t h) { return std::bit_cast<float>(static_cast<uint32_t>(h) << 16); }
 uint16_t float_to_bf16(float f);
 float fp16_to_float(uint16_t h);
 uint16_t float_to_fp16(float f);

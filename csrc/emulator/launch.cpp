@@ -44,7 +44,7 @@ std::vector<LineCount> take_counts() {
 std::string take_fault() { return std::exchange(device().fault, {}); }
 
 bool launch(const char* kernel, const int (&grid)[3], int threads, int64_t shared_bytes, bool cooperative,
-            const std::function<void()>& body) {
+            bool overlaps, const std::function<void()>& body) {
   Device& d = device();
   if (!d.fault.empty()) return false;
   try {
@@ -54,8 +54,8 @@ bool launch(const char* kernel, const int (&grid)[3], int threads, int64_t share
                   " threads with " + std::to_string(shared_bytes) + " bytes of shared memory on a grid of " +
                   std::to_string(grid[0]) + " x " + std::to_string(grid[1]) + " x " + std::to_string(grid[2])};
     }
-    Grid(Shape{kernel, {grid[0], grid[1], grid[2]}, threads, shared_bytes, cooperative}, d.global, d.counters,
-         d.stacks, d.seed, body)
+    Grid(Shape{kernel, {grid[0], grid[1], grid[2]}, threads, shared_bytes, cooperative, overlaps}, d.global,
+         d.counters, d.stacks, d.seed, body)
         .run();
   } catch (const Fault& f) {
     d.fault = f.message + " (seed " + std::to_string(d.seed) + ")";

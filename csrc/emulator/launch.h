@@ -24,10 +24,11 @@ int capability();
 // Counts of every launch since the last call.
 std::vector<LineCount> take_counts();
 
-// Runs body() as every thread of the grid. False after a fault: take_fault() tells, and no launch runs until it
-// has been asked, as a CUDA error stays with its context.
+// Runs body() as every thread of the grid; if it overlaps, as one that may have begun before all launches since
+// the last that does not have ended. False after a fault: take_fault() tells, and no launch runs until it has been
+// asked, as a CUDA error stays with its context.
 bool launch(const char* kernel, const int (&grid)[3], int threads, int64_t shared_bytes, bool cooperative,
-            const std::function<void()>& body);
+            bool overlaps, const std::function<void()>& body);
 std::string take_fault();
 
 }  // namespace fastlora::emulator

@@ -7,15 +7,17 @@
 namespace fastlora::emulator {
 namespace {
 
-thread_local Thread* t_current = nullptr;
 thread_local std::optional<Fault> t_fault;
 
 struct Cancelled {};
 
-std::string name_of(const Thread& thread) {
-  const Block& block = thread.block;
+std::string name_of(const Block& block) {
   return "block (" + std::to_string(block.index[0]) + ", " + std::to_string(block.index[1]) + ", " +
-         std::to_string(block.index[2]) + ") thread " + std::to_string(thread.index);
+         std::to_string(block.index[2]) + ")";
+}
+
+std::string name_of(const Thread& thread) {
+  return name_of(thread.block) + " thread " + std::to_string(thread.index);
 }
 
 // Fiber entry: faults end here, for none may cross from one stack to another.
@@ -26,11 +28,18 @@ void thread_body(void* argument) {
     if (!thread.copies.empty()) {
       fault(thread.copies.front().at, "returns with an asynchronous copy under way: a wait is missing");
     }
+    if (!thread.products.reads.empty()) {
+      fault(thread.products.reads.front().at, "returns with a product under way: a wait is missing");
+    }
   } catch (Fault& f) {
     if (!t_fault) t_fault = std::move(f);
   } catch (const Cancelled&) {
   }
-  thread.state = Thread::State::kEnded;
+  thread.block.set_state(thread, Thread::State::kEnded);
+}
+
+bool waits_for_grid(const std::unique_ptr<Thread>& thread) {
+  return thread->state == Thread::State::kWaiting && std::strcmp(thread->meeting.what, "grid barrier") == 0;
 }
 
 }  // namespace
@@ -42,18 +51,21 @@ std::string to_string(Where where) {
 
 void fault(Where where, const std::string& what) {
   const std::string place = to_string(where) + ": ";
-  if (t_current == nullptr) throw Fault{place + what};
-  throw Fault{place + "kernel " + t_current->block.grid.shape.kernel + ", " + name_of(*t_current) + " " + what};
+  if (t_running == nullptr) throw Fault{place + what};
+  throw Fault{place + "kernel " + t_running->block.grid.shape.kernel + ", " + name_of(*t_running) + " " + what};
 }
 
-Thread& current() {
-  if (t_current == nullptr) throw Fault{"a device function was called outside a kernel"};
-  return *t_current;
+constinit thread_local Thread* t_running = nullptr;
+
+void outside_a_kernel() { throw Fault{"a device function was called outside a kernel"}; }
+
+Actor Thread::actor() {
+  if (!previous_over) {
+    previous_over = std::any_of(block.launch_waits.begin(), block.launch_waits.end(),
+                                [this](const auto& wait) { return clock.has_seen(wait.first, wait.second); });
+  }
+  return {block.linear, index, block.grid.epoch, previous_over, clock};
 }
-
-Actor Thread::actor() const { return {block.linear, index, block.grid.epoch, clock}; }
-
-int64_t Thread::occurrence(Access access, Where at) { return passes[{at.file, at.line, access}]++; }
 
 // ---- a block ------------------------------------------------------------------------------------------------
 
@@ -61,9 +73,13 @@ Block::Block(Grid& grid, int linear, const int (&where)[3])
     : grid(grid),
       linear(linear),
       index{where[0], where[1], where[2]},
+      warps(static_cast<size_t>((grid.shape.threads + 31) / 32)),
       shared(grid.shape.shared_bytes, grid.shape.threads) {
+  const Seen nothing = Gathering(grid.shape.threads).all();
   for (int t = 0; t < grid.shape.threads; ++t) {
-    threads.push_back(std::make_unique<Thread>(*this, t, grid.shape.threads, grid.stacks));
+    threads.push_back(std::make_unique<Thread>(*this, t, nothing, grid.stacks));
+    set_state(*threads.back(), Thread::State::kReady);
+    threads.back()->previous_over = !grid.shape.overlaps;
     threads.back()->fiber.prepare(thread_body, threads.back().get());
   }
 }
@@ -72,10 +88,17 @@ Block::~Block() {
   for (const auto& thread : threads) {
     if (!thread->started || thread->state == Thread::State::kEnded) continue;
     thread->cancelled = true;
-    t_current = thread.get();
+    t_running = thread.get();
     thread->fiber.enter();
-    t_current = nullptr;
+    t_running = nullptr;
   }
+}
+
+void Block::set_state(Thread& thread, Thread::State state) {
+  thread.state = state;
+  uint32_t& ready = warps[static_cast<size_t>(thread.warp())].ready;
+  const uint32_t lane = 1u << thread.lane();
+  ready = state == Thread::State::kReady ? ready | lane : ready & ~lane;
 }
 
 bool Block::ended() const {
@@ -83,29 +106,34 @@ bool Block::ended() const {
                      [](const auto& thread) { return thread->state == Thread::State::kEnded; });
 }
 
+void Block::finish() {
+  for (Warp& warp : warps) warp.instructions.finish(grid.counters);
+  if (grid.shape.overlaps && launch_waits.empty()) {
+    throw Fault{
+        std::string("kernel ") + grid.shape.kernel + ", " + name_of(*this) +
+        " ends where no thread of it has called wait_for_previous_launch: the end of this launch would not "
+        "mean the end of those before"};
+  }
+}
+
 void Block::run() {
   std::vector<Thread*> ready;
   while (true) {
     ready.clear();
-    bool at_grid_barrier = true;
     for (const auto& thread : threads) {
-      if (thread->state == Thread::State::kWaiting && thread->meeting.condition && thread->meeting.condition()) {
-        thread->state = Thread::State::kReady;
-      }
       if (thread->state == Thread::State::kReady) ready.push_back(thread.get());
-      if (std::strcmp(thread->meeting.what, "grid barrier") != 0) at_grid_barrier = false;
     }
     if (ready.empty()) {
-      if (ended() || at_grid_barrier) return;
+      if (ended() || std::all_of(threads.begin(), threads.end(), waits_for_grid)) return;
       stuck();
     }
     std::shuffle(ready.begin(), ready.end(), grid.random);
     for (Thread* thread : ready) {
       if (thread->state != Thread::State::kReady) continue;
-      t_current = thread;
+      t_running = thread;
       thread->started = true;
       thread->fiber.enter();
-      t_current = nullptr;
+      t_running = nullptr;
       if (t_fault) {
         Fault f = std::move(*t_fault);
         t_fault.reset();
@@ -116,111 +144,17 @@ void Block::run() {
 }
 
 void Block::pause(Thread& self) {
-  self.state = Thread::State::kWaiting;
+  set_state(self, Thread::State::kWaiting);
   self.fiber.leave();
   if (self.cancelled) throw Cancelled{};
-  self.meeting = {};
 }
 
-// All that `met` have done is ordered before all that they will do.
-void Block::order(const std::vector<Thread*>& met) {
-  std::vector<Moment> joined = met.front()->clock.moments();
-  for (const Thread* thread : met) {
-    const auto& moments = thread->clock.moments();
-    for (size_t i = 0; i < joined.size(); ++i) joined[i] = std::max(joined[i], moments[i]);
-  }
-  for (Thread* thread : met) {
-    thread->clock.join(joined);
-    thread->clock.tick();
-  }
-}
-
-void Block::diverged(const Thread& waiting, const Thread& other) {
-  std::string where;
-  if (other.state == Thread::State::kEnded) {
-    where = "has returned";
-  } else {
-    where = std::string("is at ") + other.meeting.what + " in " + to_string(other.meeting.at);
-  }
-  fault(waiting.meeting.at, std::string("waits at ") + waiting.meeting.what + " for thread " +
-                                std::to_string(other.index) + ", which " + where + ": divergence");
-}
-
-void Block::meet_warp(const char* what, uint32_t lanes, Where at, void* payload, WarpAction action,
-                      bool orders_memory) {
-  Thread& self = current();
-  self.meeting = {.what = what, .at = at, .lanes = lanes, .payload = payload, .condition = {}};
-  if ((lanes >> self.lane() & 1) == 0)
-    fault(at, std::string("calls ") + what + " with a mask that lacks its own lane");
-  std::vector<Thread*> met;
-  bool complete = true;
-  for (int lane = 0; lane < 32; ++lane) {
-    if ((lanes >> lane & 1) == 0) continue;
-    const size_t t = static_cast<size_t>(self.warp() * 32 + lane);
-    if (t >= threads.size()) fault(at, std::string("calls ") + what + " with a lane that its warp does not have");
-    Thread& other = *threads[t];
-    met.push_back(&other);
-    if (&other == &self) continue;
-    if (other.state == Thread::State::kReady) {
-      complete = false;
-    } else if (other.state == Thread::State::kEnded || std::strcmp(other.meeting.what, what) != 0 ||
-               !(other.meeting.at == at) || other.meeting.lanes != lanes) {
-      diverged(self, other);
-    }
-  }
-  if (!complete) return pause(self);
-  void* payloads[32] = {};
-  for (Thread* thread : met) payloads[thread->lane()] = thread->meeting.payload;
-  if (action != nullptr) action(payloads, lanes);
-  if (orders_memory) order(met);
-  for (Thread* thread : met) {
-    if (thread != &self) thread->state = Thread::State::kReady;
-  }
-  self.meeting = {};
-}
-
-void Block::meet_block(const char* what, int64_t barrier, int expected, Where at) {
-  Thread& self = current();
-  self.meeting = {.what = what, .at = at, .barrier = barrier, .expected = expected, .condition = {}};
-  std::vector<Thread*> met{&self};
-  for (const auto& thread : threads) {
-    if (thread->state == Thread::State::kWaiting && thread->meeting.barrier == barrier)
-      met.push_back(thread.get());
-  }
-  for (Thread* thread : met) {
-    if (!(thread->meeting.at == at) && barrier == 0) diverged(self, *thread);
-    if (thread->meeting.expected != expected) {
-      fault(at, std::string("expects ") + std::to_string(expected) + " threads at a barrier where thread " +
-                    std::to_string(thread->index) + " expects " + std::to_string(thread->meeting.expected));
-    }
-  }
-  if (static_cast<int>(met.size()) < expected) return pause(self);
-  order(met);
-  for (Thread* thread : met) {
-    if (thread != &self) thread->state = Thread::State::kReady;
-  }
-  self.meeting = {};
-}
-
-void Block::meet_grid(Where at) {
-  Thread& self = current();
-  if (!grid.shape.cooperative) fault(at, "meets the grid in a launch that is not cooperative");
-  self.meeting = {.what = "grid barrier", .at = at, .condition = {}};
-  pause(self);
-}
-
-void Block::release_grid_barrier() {
-  std::vector<Thread*> all;
-  for (const auto& thread : threads) all.push_back(thread.get());
-  order(all);
-  for (Thread* thread : all) thread->state = Thread::State::kReady;
-}
-
-void Block::wait_until(const char* what, std::function<bool()> condition, Where at) {
-  Thread& self = current();
-  if (condition()) return;
-  self.meeting = {.what = what, .at = at, .condition = std::move(condition)};
-  pause(self);
+// Whether a meeting of `waiting` is one for `other` as well; any, where it cannot be told.
+bool Block::awaits(const Thread& waiting, const Thread& other) const {
+  const Thread::Meeting& meeting = waiting.meeting;
+  if (meeting.warpgroup) return other.index / kWarpgroup == waiting.index / kWarpgroup;
+  if (meeting.lanes == 0) return true;
+  return other.warp() == waiting.warp() && (meeting.lanes >> other.lane() & 1) != 0;
 }
 
 void Block::stuck() {
@@ -231,16 +165,13 @@ void Block::stuck() {
       break;
     }
   }
-  t_current = const_cast<Thread*>(waiting);
+  t_running = const_cast<Thread*>(waiting);
   struct Reset {
-    ~Reset() { t_current = nullptr; }
+    ~Reset() { t_running = nullptr; }
   } reset;
   // Name one that is missing: a lane of its mask, or any thread that is elsewhere.
   for (const auto& other : threads) {
-    if (other.get() == waiting) continue;
-    const bool same_warp = other->warp() == waiting->warp();
-    if (waiting->meeting.lanes != 0 && (!same_warp || (waiting->meeting.lanes >> other->lane() & 1) == 0))
-      continue;
+    if (other.get() == waiting || !awaits(*waiting, *other)) continue;
     if (other->state == Thread::State::kEnded || other->meeting.barrier != waiting->meeting.barrier ||
         !(other->meeting.at == waiting->meeting.at)) {
       diverged(*waiting, *other);
@@ -253,7 +184,7 @@ void Block::stuck() {
 
 void Grid::run() {
   struct Cleared {
-    ~Cleared() { t_current = nullptr; }
+    ~Cleared() { t_running = nullptr; }
   } cleared;
   const int blocks = shape.grid[0] * shape.grid[1] * shape.grid[2];
   std::vector<int> order(static_cast<size_t>(blocks));
@@ -263,11 +194,12 @@ void Grid::run() {
     const int where[3] = {b % shape.grid[0], b / shape.grid[0] % shape.grid[1], b / shape.grid[0] / shape.grid[1]};
     return std::make_unique<Block>(*this, b, where);
   };
-  global.begin_launch();
+  global.begin_launch(shape.overlaps);
   if (!shape.cooperative) {
     for (int b : order) {
-      make(b)->run();
-      counters.finish_block();
+      const auto block = make(b);
+      block->run();
+      block->finish();
     }
     return;
   }
@@ -285,7 +217,7 @@ void Grid::run() {
     ++epoch;
     for (const auto& block : all) block->release_grid_barrier();
   }
-  counters.finish_block();
+  for (const auto& block : all) block->finish();
 }
 
 }  // namespace fastlora::emulator

@@ -20,7 +20,10 @@ class EmulatedBuffer {
   const void* base_;
 };
 
-void test_emulator();
+void test_emulator();  // the next three as well
+void test_emulator_bugs();
+void test_overlaps();
+void test_warpgroup();
 void test_cuda_kernels();
 void test_cuda_linear();
 
