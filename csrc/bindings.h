@@ -21,8 +21,8 @@ inline Nf4Weight weight_at(uintptr_t packed, uintptr_t scales, uintptr_t nested,
           .blocksize = blocksize};
 }
 
-// For the module _C of a build with CUDA and for the emulator's: nf4_quantize, nf4_dequantize, device_count,
-// error; addresses, sizes and a stream in, a status out.
+// For the module _C of a build with CUDA and for the emulator's: the entry points of cuda.h; addresses, sizes and
+// a stream in, a status (or a size) out.
 void bind_cuda(pybind11::module_& m);
 
 }  // namespace fastlora

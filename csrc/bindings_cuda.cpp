@@ -27,12 +27,116 @@ int32_t bind_nf4_quantize(uintptr_t weight, uintptr_t map, uintptr_t packed, uin
 }
 
 int32_t bind_nf4_dequantize(uintptr_t packed, uintptr_t scales, uintptr_t nested, uintptr_t map, uintptr_t out,
-                            int32_t dtype, int64_t n, int64_t k, int64_t blocksize, uintptr_t stream) {
+                            int32_t dtype, int64_t n, int64_t k, int64_t blocksize, int64_t first_row,
+                            int64_t rows, int64_t first_column, int64_t columns, uintptr_t stream) {
   return static_cast<int32_t>(nf4_dequantize_cuda({.weight = weight_at(packed, scales, nested, n, k, blocksize),
+                                                   .first_row = first_row,
+                                                   .rows = rows,
+                                                   .first_column = first_column,
+                                                   .columns = columns,
                                                    .map = at<const float>(map),
                                                    .out = at<void>(out),
                                                    .dtype = static_cast<DType>(dtype),
                                                    .stream = at<void>(stream)}));
+}
+
+// Both calls of an op whose scratch the caller brings take the same arguments: the one that asks for its size, and
+// the one that runs.
+template <auto kRun>
+auto bind_nf4_linear(uintptr_t x, uintptr_t packed, uintptr_t scales, uintptr_t nested, uintptr_t map,
+                     uintptr_t bias, uintptr_t lora_a, uintptr_t lora_b, uintptr_t u, uintptr_t y,
+                     uintptr_t scratch, int64_t m, int64_t n, int64_t k, int64_t r, int64_t blocksize,
+                     double scaling, int32_t dtype, int32_t lora_dtype, int32_t route, uintptr_t stream) {
+  const Nf4LinearCudaArgs args{.call = {.x = at<const void>(x),
+                                        .weight = weight_at(packed, scales, nested, n, k, blocksize),
+                                        .bias = at<const void>(bias),
+                                        .lora_a = at<const void>(lora_a),
+                                        .lora_b = at<const void>(lora_b),
+                                        .u = at<void>(u),
+                                        .y = at<void>(y),
+                                        .m = m,
+                                        .r = r,
+                                        .scaling = static_cast<float>(scaling),
+                                        .dtype = static_cast<DType>(dtype),
+                                        .lora_dtype = static_cast<DType>(lora_dtype),
+                                        .threads = 0},
+                               .map = at<const float>(map),
+                               .route = static_cast<CudaRoute>(route),
+                               .scratch = at<void>(scratch),
+                               .stream = at<void>(stream)};
+  return static_cast<int64_t>(kRun(args));
+}
+
+template <auto kRun>
+auto bind_nf4_linear_grad_input(uintptr_t dy, uintptr_t packed, uintptr_t scales, uintptr_t nested, uintptr_t map,
+                                uintptr_t lora_a, uintptr_t lora_b, uintptr_t u, uintptr_t v, uintptr_t db,
+                                uintptr_t dx, uintptr_t scratch, int64_t m, int64_t n, int64_t k, int64_t r,
+                                int64_t blocksize, double scaling, int32_t dtype, int32_t lora_dtype,
+                                int32_t route, uintptr_t stream) {
+  const Nf4LinearGradInputCudaArgs args{.call = {.dy = at<const void>(dy),
+                                                 .weight = weight_at(packed, scales, nested, n, k, blocksize),
+                                                 .lora_a = at<const void>(lora_a),
+                                                 .lora_b = at<const void>(lora_b),
+                                                 .v = at<void>(v),
+                                                 .dx = at<void>(dx),
+                                                 .m = m,
+                                                 .r = r,
+                                                 .scaling = static_cast<float>(scaling),
+                                                 .dtype = static_cast<DType>(dtype),
+                                                 .lora_dtype = static_cast<DType>(lora_dtype),
+                                                 .threads = 0},
+                                        .u = at<const void>(u),
+                                        .db = at<void>(db),
+                                        .map = at<const float>(map),
+                                        .route = static_cast<CudaRoute>(route),
+                                        .scratch = at<void>(scratch),
+                                        .stream = at<void>(stream)};
+  return static_cast<int64_t>(kRun(args));
+}
+
+int32_t bind_lora_project(uintptr_t x, uintptr_t a, uintptr_t u, int64_t m, int64_t k, int64_t r, int32_t dtype,
+                          int32_t a_dtype, uintptr_t stream) {
+  return static_cast<int32_t>(lora_project_cuda({.x = at<const void>(x),
+                                                 .a = at<const void>(a),
+                                                 .u = at<void>(u),
+                                                 .m = m,
+                                                 .k = k,
+                                                 .r = r,
+                                                 .dtype = static_cast<DType>(dtype),
+                                                 .a_dtype = static_cast<DType>(a_dtype),
+                                                 .stream = at<void>(stream)}));
+}
+
+template <auto kRun>
+auto bind_lora_gradients(uintptr_t tall, uintptr_t narrow, uintptr_t factor, uintptr_t product, uintptr_t gram,
+                         uintptr_t scratch, int64_t m, int64_t width, int64_t r, double scaling, bool rank_major,
+                         int32_t dtype, int32_t lora_dtype, uintptr_t stream) {
+  const LoraGradientsCudaArgs args{.tall = at<const void>(tall),
+                                   .small = at<const void>(narrow),
+                                   .factor = at<const void>(factor),
+                                   .product = at<void>(product),
+                                   .gram = at<void>(gram),
+                                   .m = m,
+                                   .width = width,
+                                   .r = r,
+                                   .scaling = static_cast<float>(scaling),
+                                   .rank_major = rank_major,
+                                   .dtype = static_cast<DType>(dtype),
+                                   .lora_dtype = static_cast<DType>(lora_dtype),
+                                   .scratch = at<void>(scratch),
+                                   .stream = at<void>(stream)};
+  return static_cast<int64_t>(kRun(args));
+}
+
+int32_t bind_lora_dropout(uintptr_t x, uintptr_t seed, uintptr_t out, int64_t count, double p, int32_t dtype,
+                          uintptr_t stream) {
+  return static_cast<int32_t>(lora_dropout_cuda({.x = at<const void>(x),
+                                                 .out = at<void>(out),
+                                                 .seed = at<const int64_t>(seed),
+                                                 .count = count,
+                                                 .p = p,
+                                                 .dtype = static_cast<DType>(dtype),
+                                                 .stream = at<void>(stream)}));
 }
 
 }  // namespace
@@ -40,6 +144,14 @@ int32_t bind_nf4_dequantize(uintptr_t packed, uintptr_t scales, uintptr_t nested
 void bind_cuda(py::module_& m) {
   m.def("nf4_quantize", &bind_nf4_quantize);
   m.def("nf4_dequantize", &bind_nf4_dequantize);
+  m.def("nf4_linear_scratch", &bind_nf4_linear<nf4_linear_cuda_scratch>);
+  m.def("nf4_linear", &bind_nf4_linear<nf4_linear_cuda>);
+  m.def("nf4_linear_grad_input_scratch", &bind_nf4_linear_grad_input<nf4_linear_grad_input_cuda_scratch>);
+  m.def("nf4_linear_grad_input", &bind_nf4_linear_grad_input<nf4_linear_grad_input_cuda>);
+  m.def("lora_project", &bind_lora_project);
+  m.def("lora_gradients_scratch", &bind_lora_gradients<lora_gradients_cuda_scratch>);
+  m.def("lora_gradients", &bind_lora_gradients<lora_gradients_cuda>);
+  m.def("lora_dropout", &bind_lora_dropout);
   m.def("device_count", &cuda_device_count);
   m.def("error", [] { return std::string(cuda_error()); });
   m.attr("quantize_partials") = kQuantizePartials;

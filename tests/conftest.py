@@ -11,12 +11,23 @@ LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
 # The levels with a quantise and a dequantise of their own; the higher ones take avx512's.
 FORMAT_LEVELS = LEVELS[:3]
 DEVICES = ("cuda_emulated", "cuda")
+LINEAR_DEVICES = (*devices.EMULATED, "cuda")
 
 
 @pytest.fixture(params=LEVELS)
 def isa(request):
     """Each instruction-set level in turn, forced for the length of the test."""
     yield from _forced(request)
+
+
+@pytest.fixture(params=LEVELS + LINEAR_DEVICES)
+def linear_isa(request):
+    """The levels, and the devices with what their kernels of the layer may be made to take."""
+    if request.param in LINEAR_DEVICES:
+        with devices.device(request.param):
+            yield request.param
+    else:
+        yield from _forced(request)
 
 
 @pytest.fixture(params=FORMAT_LEVELS + DEVICES)

@@ -11,15 +11,30 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlora import _C, cuda, ops
+from fastlora import _C, autograd, cuda, cuda_linear, direct, ops
 
 try:
     from fastlora import _emulator
 except ImportError:
     _emulator = None
 
-#: The ops with CUDA kernels, which is what goes to a device.
-OPS = ("nf4_quantize", "nf4_decode_absmax", "nf4_dequantize")
+#: The ops, all of which have CUDA kernels; and the names by which autograd.py calls them.
+OPS = tuple(ops.CUDA_OPS)
+AUTOGRAD_NAMES = {
+    "_linear": "nf4_linear",
+    "_linear_with_u": "nf4_linear_with_u",
+    "_linear_given_u": "nf4_linear_given_u",
+    "_grad_input": "nf4_linear_grad_input",
+    "_backward": "nf4_linear_backward",
+    "_grad_b": "lora_grad_b",
+    "_grad_a": "lora_grad_a",
+    "_dropout": "lora_dropout",
+}
+#: Emulated devices by compute capability, and what of the layer's kernels to take where they can.
+EMULATED = {
+    "cuda_emulated": (80, "auto"),
+    "cuda_emulated_tile": (80, "tile"),
+}
 
 
 class EmulatedDevice(cuda.Device):
@@ -67,10 +82,12 @@ def _on_cuda(op: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def device(name: str, seed: int = 1) -> Iterator[None]:
-    """`cuda_emulated` or `cuda`; skips the test, with the reason, where it cannot be had."""
-    if name == "cuda_emulated":
+    """One of EMULATED, or `cuda`; skips the test, with the reason, where it cannot be had."""
+    if name in EMULATED:
         if _emulator is None:
             pytest.skip("this build holds no emulator (FASTLORA_EMULATOR=OFF)")
+        capability, route = EMULATED[name]
+        _emulator.set_capability(capability)
         emulated = EmulatedDevice(seed)
         made = {op: lambda *args, op=op: ops.CUDA_OPS[op](emulated, *args) for op in OPS}
     else:
@@ -78,9 +95,14 @@ def device(name: str, seed: int = 1) -> Iterator[None]:
             pytest.skip("this build holds no CUDA kernels")
         if not torch.cuda.is_available():
             pytest.skip("torch found no CUDA device")
+        route = "auto"
         made = {op: _on_cuda(getattr(torch.ops.fastlora, op)) for op in OPS}
-    cuda._dynamic_map(torch.device("cpu"))  # which an op makes: before they are replaced
-    with pytest.MonkeyPatch.context() as patch:
+    cuda.dynamic_map(torch.device("cpu"))  # which an op makes: before they are replaced
+    with pytest.MonkeyPatch.context() as patch, cuda_linear.use_route(route):
         for op, function in made.items():
             patch.setattr(torch.ops.fastlora, op, function)
+        for handle, op in AUTOGRAD_NAMES.items():
+            patch.setattr(autograd, handle, made[op])
+        patch.setattr(autograd, "_thin_products_are_ours", lambda dy: True)
+        patch.setattr(direct, "linear", lambda *args: None)
         yield

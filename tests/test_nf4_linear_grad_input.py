@@ -55,7 +55,7 @@ def check(case: Case, expected: Prepared) -> None:
 
 
 @pytest.mark.parametrize("case", cases(seed=2), ids=str)
-def test_matches_reference(isa: str, case: Case) -> None:
+def test_matches_reference(linear_isa: str, case: Case) -> None:
     check(case, prepared(case, case.m + case.k))
 
 
@@ -64,9 +64,9 @@ def test_matches_reference(isa: str, case: Case) -> None:
     [Case(120, 1600, 1100, 3, 64, torch.float32), Case(97, 4200, 1100, 3, 64, torch.bfloat16)],
     ids=str,
 )
-def test_chunks_of_the_contraction(isa: str, case: Case) -> None:
+def test_chunks_of_the_contraction(linear_isa: str, case: Case) -> None:
     """n too long to pack at once, k too wide for one group of accumulators."""
-    if isa == "scalar":
+    if linear_isa == "scalar":
         pytest.skip("the scalar level packs nothing")
     check(case, prepared(case, 13))
 
@@ -95,7 +95,7 @@ def test_matches_reference_on_any_shape(case: Case) -> None:
 
 @pytest.mark.parametrize("m", [1, 40])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_as_accurate_as_dense(isa: str, dtype: torch.dtype, m: int) -> None:
+def test_as_accurate_as_dense(linear_isa: str, dtype: torch.dtype, m: int) -> None:
     inputs = make_inputs(Case(m, 512, 200, 16, 64, dtype, float32_adapters=False), seed=5)
     want, _ = reference.nf4_linear_grad_input(
         inputs.dy, inputs.weight.dense, inputs.lora_a, inputs.lora_b, inputs.scaling
@@ -112,7 +112,9 @@ def test_as_accurate_as_dense(isa: str, dtype: torch.dtype, m: int) -> None:
 @pytest.mark.parametrize("n", [128, 101])
 @pytest.mark.parametrize("rows", [4, 20])
 @pytest.mark.parametrize("rank", [0, 3])
-def test_nan_and_inf_stay_in_their_rows(isa: str, dtype: torch.dtype, n: int, rows: int, rank: int) -> None:
+def test_nan_and_inf_stay_in_their_rows(
+    linear_isa: str, dtype: torch.dtype, n: int, rows: int, rank: int
+) -> None:
     inputs = make_inputs(Case(rows, n, 70, rank, 64, dtype, double_quant=False), seed=11)
     clean, _ = op.nf4_linear_grad_input(*inputs.grad_input)
     inputs.dy[0, 5] = torch.nan
@@ -133,8 +135,10 @@ def test_nan_and_inf_stay_in_their_rows(isa: str, dtype: torch.dtype, n: int, ro
 @pytest.mark.parametrize("m", [1, 5, 50])
 @pytest.mark.parametrize("k", [320, 193])
 def test_same_bits_on_every_run_and_thread_count(
-    isa: str, dtype: torch.dtype, m: int, k: int, keep_threads: None
+    linear_isa: str, dtype: torch.dtype, m: int, k: int, keep_threads: None
 ) -> None:
+    if linear_isa.startswith("cuda_emulated") and dtype is torch.float32:
+        pytest.skip("torch's product, whose bits depend on its threads on a CPU")
     inputs = make_inputs(Case(m, 200, k, 16, 64, dtype), seed=19)
     torch.set_num_threads(1)
     dx, v = op.nf4_linear_grad_input(*inputs.grad_input)
@@ -164,7 +168,7 @@ def test_leading_dimensions_and_strides(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("rank", [0, 2])
-def test_no_outputs(isa: str, dtype: torch.dtype, rank: int) -> None:
+def test_no_outputs(linear_isa: str, dtype: torch.dtype, rank: int) -> None:
     """A contraction of length 0: dx and v are 0."""
     empty = torch.empty(0, dtype=torch.uint8)
     adapters = (None, None) if rank == 0 else (torch.ones(rank, 70), torch.empty(0, rank))
@@ -174,7 +178,7 @@ def test_no_outputs(isa: str, dtype: torch.dtype, rank: int) -> None:
     assert torch.equal(v, torch.zeros(3, rank, dtype=dtype))
 
 
-def test_adjoint_of_nf4_linear(isa: str) -> None:
+def test_adjoint_of_nf4_linear(linear_isa: str) -> None:
     """<dy, f(x)> = <f'(dy), x> for the linear map of the forward op, in float32."""
     inputs = make_inputs(Case(9, 77, 133, 5, 64, torch.float32, bias=False, scaling=2.0), seed=29)
     y = op.nf4_linear(*inputs.linear)

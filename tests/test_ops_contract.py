@@ -39,6 +39,22 @@ def grad_input_args(case: Case | None = None) -> dict:
     return dict(zip(names, inputs.grad_input, strict=True))
 
 
+def backward_args() -> dict:
+    args = grad_input_args()
+    u = torch.randn(M, R).to(torch.bfloat16)
+    return {"dy": args.pop("dy"), "u": u} | args
+
+
+def grad_b_args() -> dict:
+    args = backward_args()
+    return {name: args[name] for name in ("dy", "u", "lora_b", "scaling")}
+
+
+def grad_a_args() -> dict:
+    v = torch.randn(M, R).to(torch.bfloat16)
+    return {"v": v, "x": linear_args()["x"], "dtype": torch.float32}
+
+
 def quantize_args() -> dict:
     return {"weight": torch.randn(5, 123), "blocksize": 64, "double_quant": True, "check_finite": True}
 
@@ -68,6 +84,9 @@ ARGS = {
     "nf4_linear_with_u": linear_args,
     "nf4_linear_given_u": given_u_args,
     "nf4_linear_grad_input": grad_input_args,
+    "nf4_linear_backward": backward_args,
+    "lora_grad_a": grad_a_args,
+    "lora_grad_b": grad_b_args,
     "lora_dropout": dropout_args,
 }
 
@@ -198,6 +217,35 @@ DY_ERRORS = [
     ({"packed": torch.zeros(N, 35, dtype=torch.uint8, device="meta")}, RuntimeError,
      "expected packed on cpu, got meta"),
 ]  # fmt: skip
+NARROW_U_ERRORS = [
+    ({"u": u.float()}, TypeError, "expected u in dy's dtype torch.bfloat16, got torch.float32"),
+    ({"u": u[:2]}, ValueError, "expected u of shape (3, 4) (dy's rows, rank), got (2, 4)"),
+    ({"u": u[0, 0]}, ValueError, "expected u of shape (..., rank), got a 0-dimensional tensor"),
+    ({"u": u.to("meta")}, RuntimeError, "expected u on cpu, got meta"),
+]  # fmt: skip
+NO_ADAPTER_IS_NO_CASE = [bad for bad in LORA_ERRORS if None not in bad[0].values()]
+BACKWARD_ERRORS = [
+    *NARROW_U_ERRORS,
+    ({"u": u[:, :3]}, ValueError, "expected u of shape (3, 4) (dy's rows, rank), got (3, 3)"),
+]
+GRAD_B_ERRORS = [
+    *NARROW_U_ERRORS,
+    ({"dy": dy.double()}, TypeError, "expected dy in float32, bfloat16 or float16, got torch.float64"),
+    ({"dy": dy[0, 0]}, ValueError,
+     "expected dy of shape (..., out_features), got a 0-dimensional tensor"),
+    ({"u": u[:, :3]}, ValueError, "expected lora_b of shape (33, 3) (33 out_features, rank 3), got (33, 4)"),
+    ({"lora_b": torch.zeros(N, R, dtype=torch.int32)}, TypeError,
+     "expected lora_b in float32, bfloat16 or float16, got torch.int32"),
+    ({"lora_b": torch.zeros(N, R, device="meta")}, RuntimeError, "expected lora_b on cpu, got meta"),
+]  # fmt: skip
+GRAD_A_ERRORS = [
+    ({"x": x.double()}, TypeError, "expected x in float32, bfloat16 or float16, got torch.float64"),
+    ({"x": x[0, 0]}, ValueError, "expected x of shape (..., in_features), got a 0-dimensional tensor"),
+    ({"v": u.float()}, TypeError, "expected v in x's dtype torch.bfloat16, got torch.float32"),
+    ({"v": u[:2]}, ValueError, "expected v of shape (3, 4) (x's rows, rank), got (2, 4)"),
+    ({"v": u.to("meta")}, RuntimeError, "expected v on cpu, got meta"),
+    ({"dtype": torch.int32}, TypeError, "expected dtype float32, bfloat16 or float16, got torch.int32"),
+]  # fmt: skip
 DROPOUT_ERRORS = [
     ({"x": torch.zeros(3, dtype=torch.int64)}, TypeError,
      "expected x in float32, bfloat16 or float16, got torch.int64"),
@@ -215,6 +263,9 @@ BAD_INPUTS = [
         (("nf4_linear", "nf4_linear_with_u"), X_ERRORS + WEIGHT_ERRORS + BIAS_ERRORS + LORA_ERRORS),
         (("nf4_linear_given_u",), X_ERRORS + WEIGHT_ERRORS + BIAS_ERRORS + U_ERRORS),
         (("nf4_linear_grad_input",), DY_ERRORS + WEIGHT_ERRORS + LORA_ERRORS),
+        (("nf4_linear_backward",), DY_ERRORS + WEIGHT_ERRORS + NO_ADAPTER_IS_NO_CASE + BACKWARD_ERRORS),
+        (("lora_grad_a",), GRAD_A_ERRORS),
+        (("lora_grad_b",), GRAD_B_ERRORS),
         (("lora_dropout",), DROPOUT_ERRORS),
     )
     for name in names

@@ -38,7 +38,7 @@ Status gemm_linear(const Nf4LinearArgs& a) {
 
 template <class L>
 Status gemm_grad_input(const Nf4LinearGradInputArgs& a) {
-  if (a.r > 0 && a.lora_b != nullptr) {
+  if (a.r > 0) {
     Backward<L, DenseRows> low_rank{.dy = a.dy,
                                     .m = a.m,
                                     .n = a.weight.n,

@@ -88,7 +88,7 @@ void backward_range(void* context, int64_t begin, int64_t end) {
   float sums[kRowGroup][kPiece];
   for (int64_t i0 = begin; i0 < end; i0 += kRowGroup) {
     const int64_t rows = min64(kRowGroup, end - i0);
-    for (int64_t i = i0; a.lora_b != nullptr && i < i0 + rows; ++i) {
+    for (int64_t i = i0; i < i0 + rows; ++i) {
       for (int64_t q = 0; q < a.r; ++q) {
         float sum = 0.0f;
         for (int64_t o = 0; o < w.n; ++o) {

@@ -193,15 +193,14 @@ Shape shape_of(const Nf4LinearGradInputCudaArgs& a) {
   return {c.m, c.weight.k, c.weight.n, c.r, &c.weight, c.dy, c.dtype, a.route, true};
 }
 
-// v of a gradient, where it is not an input.
-bool projects(const Nf4LinearGradInputArgs& c) { return c.r > 0 && c.lora_b != nullptr; }
-LoraGradientsCudaArgs project_args(const Nf4LinearGradInputCudaArgs& a) {
+// v, and dB with it.
+LoraGradientsCudaArgs thin_args(const Nf4LinearGradInputCudaArgs& a) {
   const Nf4LinearGradInputArgs& c = a.call;
   return {.tall = c.dy,
-          .small = nullptr,
+          .small = a.u,
           .factor = c.lora_b,
           .product = c.v,
-          .gram = nullptr,
+          .gram = a.db,
           .m = c.m,
           .width = c.weight.n,
           .r = c.r,
@@ -275,12 +274,14 @@ int64_t nf4_linear_grad_input_cuda_scratch(const Nf4LinearGradInputCudaArgs& a) 
   Plan plan;
   const Shape s = shape_of(a);
   if (!make_plan(s, true, &plan) || plan.route == CudaRoute::kDense) return -1;
-  return part_bytes(plan, s) + (projects(a.call) ? lora_gradients_cuda_scratch(project_args(a)) : 0);
+  return part_bytes(plan, s) + (s.r > 0 ? lora_gradients_cuda_scratch(thin_args(a)) : 0);
 }
 
 Status nf4_linear_grad_input_cuda(const Nf4LinearGradInputCudaArgs& a) {
   const Nf4LinearGradInputArgs& c = a.call;
-  if (bad(c.weight, c.m, c.r) || (c.r > 0 && c.v == nullptr)) return Status::kBadArgument;
+  if (bad(c.weight, c.m, c.r) || (c.r > 0 && c.v == nullptr) || (a.db != nullptr && a.u == nullptr)) {
+    return Status::kBadArgument;
+  }
   if (c.m == 0 || c.weight.k == 0) return Status::kOk;
   Plan plan;
   const Shape s = shape_of(a);
@@ -293,14 +294,14 @@ Status nf4_linear_grad_input_cuda(const Nf4LinearGradInputCudaArgs& a) {
   args.scaling = 1.0f;  // v has it
   args.inner = c.v;
   args.inner_pairs = c.r % 2 == 0 && aligned(c.v, 4);
-  if (projects(c)) {
-    LoraGradientsCudaArgs project = project_args(a);
-    project.scratch = static_cast<uint8_t*>(a.scratch) + part_bytes(plan, s);
-    const Status status = lora_gradients_cuda(project);
+  if (c.r > 0) {
+    LoraGradientsCudaArgs thin = thin_args(a);
+    thin.scratch = static_cast<uint8_t*>(a.scratch) + part_bytes(plan, s);
+    const Status status = lora_gradients_cuda(thin);
     if (status != Status::kOk) return status;
   }
   const Status status =
-      launch_nf4_linear_grad_input_tile(args, c.dtype, plan.columns, plan.ragged, projects(c), a.stream);
+      launch_nf4_linear_grad_input_tile(args, c.dtype, plan.columns, plan.ragged, c.r > 0, a.stream);
   if (status != Status::kOk || plan.splits == 1) return status;
   return launch_split_sum(args, c.dx, args.k, c.dtype, a.stream);
 }

@@ -196,6 +196,23 @@ void linear_case(const Case& c, Rng& rng) {
   if (kept) compare("u", kept->tensor, want.small, want.small_bound, c.r);
 }
 
+// gram = 0.375 * tallᵀ · small, of tall (m, n): (n, r), or its transpose.
+void compare_gram(const Case& c, const Shared& tall, const Shared& small, const Shared& gram, bool rank_major) {
+  std::vector<double> want, bound;
+  for (int64_t i = 0; i < c.n * c.r; ++i) {
+    const int64_t column = rank_major ? i % c.n : i / c.r, q = rank_major ? i / c.n : i % c.r;
+    double sum = 0.0, size = 0.0;
+    for (int64_t row = 0; row < c.m; ++row) {
+      const double product = 0.375 * tall.at(row * c.n + column) * small.at(row * c.r + q);
+      sum += product;
+      size += std::fabs(product);
+    }
+    want.push_back(sum);
+    bound.push_back(size * 1e-6 + bound_of(c.lora_dtype).output * std::fabs(sum));
+  }
+  compare("gram", gram.tensor, want, bound, rank_major ? c.n : c.r);
+}
+
 void grad_input_case(const Case& c, Rng& rng) {
   label("nf4_linear_grad_input", c);
   emulator::set_capability(c.capability);
@@ -203,9 +220,11 @@ void grad_input_case(const Case& c, Rng& rng) {
   SharedWeight weight(c, rng);
   const Maybe dy = input(true, c, rng, c.m * c.n, c.dtype, 1.0f, "dy");
   const Maybe lora_a = input(c.r > 0, c, rng, c.r * c.k, c.lora_dtype, 0.2f, "lora_a");
-  const Maybe lora_b = input(c.r > 0 && !c.given, c, rng, c.n * c.r, c.lora_dtype, 0.2f, "lora_b");
-  Maybe v = input(c.r > 0 && c.given, c, rng, c.m * c.r, c.dtype, 1.0f, "v");
-  if (c.r > 0 && !c.given) v = std::make_unique<Shared>(c, c.m * c.r, c.dtype, true, "v");
+  const Maybe lora_b = input(c.r > 0, c, rng, c.n * c.r, c.lora_dtype, 0.2f, "lora_b");
+  const Maybe u = input(c.r > 0 && c.given, c, rng, c.m * c.r, c.dtype, 1.0f, "u");
+  Maybe v, db;
+  if (c.r > 0) v = std::make_unique<Shared>(c, c.m * c.r, c.dtype, true, "v");
+  if (u) db = std::make_unique<Shared>(c, c.n * c.r, c.lora_dtype, true, "db");
   Shared dx(c, c.m * c.k, c.dtype, true, "dx");
   Nf4LinearGradInputCudaArgs args{.call = {.dy = dy->data(),
                                            .weight = weight.weight.view(),
@@ -219,6 +238,8 @@ void grad_input_case(const Case& c, Rng& rng) {
                                            .dtype = c.dtype,
                                            .lora_dtype = c.lora_dtype,
                                            .threads = 1},
+                                  .u = address(u),
+                                  .db = address(db),
                                   .map = nf4_dynamic_map(),
                                   .route = c.route,
                                   .scratch = nullptr,
@@ -236,9 +257,10 @@ void grad_input_case(const Case& c, Rng& rng) {
       c, c.k, c.n, [&](int64_t i, int64_t j) { return dy->at(i * c.n + j); },
       [&](int64_t j, int64_t o) { return static_cast<double>(w[static_cast<size_t>(j * c.k + o)]); },
       [&](int64_t q, int64_t j) { return 0.375 * lora_b->at(j * c.r + q); },
-      [&](int64_t q, int64_t o) { return lora_a->at(q * c.k + o); }, c.given ? v.get() : nullptr);
+      [&](int64_t q, int64_t o) { return lora_a->at(q * c.k + o); }, nullptr);
   compare("dx", dx.tensor, want.out, want.bound, c.k);
-  if (v && !c.given) compare("v", v->tensor, want.small, want.small_bound, c.r);
+  if (v) compare("v", v->tensor, want.small, want.small_bound, c.r);
+  if (db) compare_gram(c, *dy, *u, *db, false);
 }
 
 // dB and v of one pass, dA of another: n is the tall operand's width.
@@ -270,22 +292,9 @@ void thin_case(const Case& c, bool rank_major, bool product, Rng& rng) {
   const Status status = lora_gradients_cuda(args);
   if (!check(status == Status::kOk, "status %d: %s", static_cast<int>(status), emulator::take_fault().c_str()))
     return;
-  std::vector<double> want, bound;
-  for (int64_t i = 0; i < c.n * c.r; ++i) {
-    const int64_t column = rank_major ? i % c.n : i / c.r, q = rank_major ? i / c.n : i % c.r;
-    double sum = 0.0, size = 0.0;
-    for (int64_t row = 0; row < c.m; ++row) {
-      const double product_of = 0.375 * tall->at(row * c.n + column) * small->at(row * c.r + q);
-      sum += product_of;
-      size += std::fabs(product_of);
-    }
-    want.push_back(sum);
-    bound.push_back(size * 1e-6 + bound_of(c.lora_dtype).output * std::fabs(sum));
-  }
-  compare("gram", gram.tensor, want, bound, rank_major ? c.n : c.r);
+  compare_gram(c, *tall, *small, gram, rank_major);
   if (!product) return;
-  want.clear();
-  bound.clear();
+  std::vector<double> want, bound;
   for (int64_t i = 0; i < c.m * c.r; ++i) {
     double sum = 0.0, size = 0.0;
     for (int64_t column = 0; column < c.n; ++column) {

@@ -19,14 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, direct, ops_linear  # noqa: F401  (ops_linear registers the ops)
+from . import checks, direct
 from .checks import Packed
 from .nf4 import NF4Weight
+from .ops_linear import product
 
 _linear = torch.ops.fastlora.nf4_linear.default
 _linear_with_u = torch.ops.fastlora.nf4_linear_with_u.default
 _linear_given_u = torch.ops.fastlora.nf4_linear_given_u.default
 _grad_input = torch.ops.fastlora.nf4_linear_grad_input.default
+_backward = torch.ops.fastlora.nf4_linear_backward.default
+_grad_b = torch.ops.fastlora.lora_grad_b.default
+_grad_a = torch.ops.fastlora.lora_grad_a.default
 _dropout = torch.ops.fastlora.lora_dropout.default
 
 # One question for all devices, where torch answers it; else each device is asked.
@@ -125,7 +129,7 @@ def _forward_dropped(
     assert lora_a is not None
     assert lora_b is not None
     dropped = _dropout(x, seed, dropout)
-    u = _mm(_rows(dropped), lora_a.to(x.dtype).t(), x.dtype).reshape(*x.shape[:-1], lora_a.shape[0])
+    u = product(_rows(dropped), lora_a.to(x.dtype).t(), x.dtype).reshape(*x.shape[:-1], lora_a.shape[0])
     return _linear_given_u(x, u, *weight, bias, lora_b, scaling), u
 
 
@@ -133,19 +137,14 @@ def _autocast_is_on(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)  # torch knows no autocast on meta
 
 
+def _thin_products_are_ours(dy: Tensor) -> bool:
+    """On CUDA dA and dB have kernels; on a CPU torch's own are as fast, and v comes with dx."""
+    return dy.is_cuda
+
+
 def _rows(t: Tensor) -> Tensor:
     """(..., c) as (m, c); -1 would be ambiguous where a size is 0."""
     return t.reshape(prod(t.shape[:-1]), t.shape[-1])
-
-
-def _mm(a: Tensor, b: Tensor, out: torch.dtype) -> Tensor:
-    """a·b as `out`, accumulated in float32 at least, also where autocast is on."""
-    if a.dtype is torch.float16 and a.device.type == "cpu":
-        a, b = a.float(), b.float()  # torch's float16 product on a CPU takes six times longer than both casts
-    if _autocast_is_on(a.device.type):
-        with torch.autocast(a.device.type, enabled=False):
-            return torch.mm(a, b).to(out)
-    return torch.mm(a, b).to(out)
 
 
 class _Nf4Linear(torch.autograd.Function):
@@ -213,26 +212,38 @@ def _gradients(
     k = x_shape[-1]
     dy = _rows(dy).contiguous()  # autograd often hands over an expanded scalar
     dx = dbias = da = db = v = None
-    if needs_x and seed is None:
+    if needs_b and _thin_products_are_ours(dy):  # v and dB in one pass over dy
+        assert lora_a is not None
+        assert lora_b is not None
+        assert u is not None
+        u = _rows(u)
+        if needs_x and seed is None:
+            dx, v, db = _backward(dy, u, packed, scales, nested, k, blocksize, lora_a, lora_b, scaling)
+        else:
+            v, db = _grad_b(dy, u, lora_b, scaling)
+    if needs_x and seed is None and dx is None:
         dx, v = _grad_input(dy, packed, scales, nested, k, blocksize, lora_a, lora_b, scaling)
-    elif lora_a is not None and lora_b is not None and (needs_a or needs_x):
-        v = _mm(dy, lora_b.to(dy.dtype), dy.dtype).mul_(scaling)
+    elif v is None and lora_a is not None and lora_b is not None and (needs_a or needs_x):
+        v = product(dy, lora_b.to(dy.dtype), dy.dtype).mul_(scaling)
     if needs_x and dx is None:  # with dropout the low-rank half of dx passes through the mask
         assert lora_a is not None
         assert v is not None
         assert seed is not None
         dx, _ = _grad_input(dy, packed, scales, nested, k, blocksize, None, None, scaling)
-        dx = dx + _dropout(_mm(v, lora_a.to(dy.dtype), dy.dtype), seed, dropout)
+        dx = dx + _dropout(product(v, lora_a.to(dy.dtype), dy.dtype), seed, dropout)
     if needs_a:
         assert lora_a is not None
         assert x is not None
         assert v is not None
-        seen = x if seed is None else _dropout(x, seed, dropout)
-        da = _mm(v.t(), _rows(seen), lora_a.dtype)
-    if needs_b:
+        seen = _rows(x if seed is None else _dropout(x, seed, dropout))
+        if _thin_products_are_ours(dy):
+            da = _grad_a(v, seen, lora_a.dtype)
+        else:
+            da = product(v.t(), seen, lora_a.dtype)
+    if needs_b and db is None:
         assert lora_b is not None
         assert u is not None
-        db = _mm(dy.t(), _rows(u), lora_b.dtype).mul_(scaling)
+        db = product(dy.t(), _rows(u), lora_b.dtype).mul_(scaling)
     if needs_bias:
         dbias = dy.sum(0)
     return None if dx is None else dx.reshape(x_shape), dbias, da, db

@@ -132,15 +132,20 @@ def check_linear(op: str, x: Tensor, weight: Packed, bias: Tensor | None) -> tup
 def check_given_u(op: str, x: Tensor, u: Tensor, lora_b: Tensor, n: int) -> None:
     """An adapter whose u = dropout(x)·Aᵀ is there already."""
     check_float(op, "lora_b", lora_b)
-    if u.dtype != x.dtype:
-        raise TypeError(f"{op}: expected u in x's dtype {x.dtype}, got {u.dtype}")
-    check_device(op, "u", u, x.device)
     check_device(op, "lora_b", lora_b, x.device)
-    if u.dim() < 1:
-        raise ValueError(f"{op}: expected u of shape (..., rank), got a 0-dimensional tensor")
-    r = u.shape[-1]
-    check_shape(op, "u", u, (*x.shape[:-1], r), "x's rows, rank")
+    r = check_narrow(op, "u", u, "x", x)
     check_shape(op, "lora_b", lora_b, (n, r), "{} out_features, rank {}", n, r)
+
+
+def check_narrow(op: str, name: str, t: Tensor, like_name: str, like: Tensor) -> int:
+    """u or v: (..., rank) beside x or dy (..., features). Returns the rank."""
+    if t.dtype != like.dtype:
+        raise TypeError(f"{op}: expected {name} in {like_name}'s dtype {like.dtype}, got {t.dtype}")
+    check_device(op, name, t, like.device)
+    if t.dim() < 1:
+        raise ValueError(f"{op}: expected {name} of shape (..., rank), got a 0-dimensional tensor")
+    check_shape(op, name, t, (*like.shape[:-1], t.shape[-1]), "{}'s rows, rank", like_name)
+    return t.shape[-1]
 
 
 def raise_not_finite(op: str, weight: Tensor) -> NoReturn:

@@ -25,15 +25,21 @@ class Device:
     kernels: Any = getattr(_C, "cuda", None)
 
     def call(
-        self, kernel: str, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None], *numbers: int
+        self, kernel: str, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None], *numbers: float
     ) -> int:
         """Launch a kernel on the current device and stream. Returns a status; RuntimeError where the device
         reports an error."""
-        tensors = [0 if t is None else t.data_ptr() for t in (*inputs, *outputs)]
-        status = getattr(self.kernels, kernel)(*tensors, *numbers, self.stream())
+        status = self.ask(kernel, inputs, outputs, *numbers)
         if status == _DEVICE_ERROR:
             raise RuntimeError(f"{kernel}: the device reports: {self.kernels.error()}")
         return status
+
+    def ask(
+        self, kernel: str, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None], *numbers: float
+    ) -> int:
+        """What the function of that name says of a call, as it is."""
+        tensors = [0 if t is None else t.data_ptr() for t in (*inputs, *outputs)]
+        return getattr(self.kernels, kernel)(*tensors, *numbers, self.stream())
 
     def stream(self) -> int:
         return torch.cuda.current_stream().cuda_stream
@@ -43,8 +49,13 @@ class Device:
         return torch.cuda.is_current_stream_capturing()
 
 
+def whole(t: Tensor) -> Tensor:
+    """Bytes at a multiple of 4, where kernels read them as float32; a view may begin anywhere."""
+    return t if t.data_ptr() % 4 == 0 else t.clone()
+
+
 @cache
-def _dynamic_map(device: torch.device) -> Tensor:
+def dynamic_map(device: torch.device) -> Tensor:
     from .ops import nf4_dynamic_map
 
     return nf4_dynamic_map().to(device)
@@ -73,7 +84,7 @@ def quantize(
     not_finite = torch.zeros(1, dtype=torch.int32, device=where)
     status = device.call(
         "nf4_quantize",
-        (weight, _dynamic_map(where)),
+        (weight, dynamic_map(where)),
         (packed, absmax, scales if double_quant else None, nested, partials, not_finite),
         DTYPE_CODE[weight.dtype], weight.numel() // cols, cols, blocksize,
     )  # fmt: skip
@@ -86,11 +97,12 @@ def dequantize(
     device: Device, packed: Tensor, scales: Tensor, nested: Tensor | None, cols: int, blocksize: int,
     dtype: torch.dtype, out: Tensor,
 ) -> int:  # fmt: skip
+    rows = packed.shape[0]
     return device.call(
         "nf4_dequantize",
-        (packed, scales, nested, _dynamic_map(packed.device)),
+        (packed, whole(scales), None if nested is None else whole(nested), dynamic_map(packed.device)),
         (out,),
-        DTYPE_CODE[dtype], packed.shape[0], cols, blocksize,
+        DTYPE_CODE[dtype], rows, cols, blocksize, 0, rows, 0, cols,
     )  # fmt: skip
 
 
@@ -101,6 +113,6 @@ def decode_absmax(device: Device, scales: Tensor, nested: Tensor | None, absmax:
         return 0
     values = nested.view(torch.float32)
     scale = values[1:].repeat_interleave(NESTED_BLOCKSIZE)[: scales.numel()]
-    torch.mul(_dynamic_map(scales.device)[scales.long()], scale, out=absmax)
+    torch.mul(dynamic_map(scales.device)[scales.long()], scale, out=absmax)
     absmax.add_(values[0])  # apart from the product: two roundings
     return 0

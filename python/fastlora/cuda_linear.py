@@ -1,8 +1,8 @@
 """The CUDA half of the layer's ops: ``nf4_linear*``, the thin products of backward, ``lora_dropout``.
 
-Which kernels a call takes is decided in csrc/cuda/nf4_linear.cu, which says how much scratch it wants, or that
-it has no kernel for the call (many rows of x, or float32). Then W is dequantised in slabs small enough to stay
-in the L2 cache, and torch multiplies:
+Which kernels a call takes is decided in csrc/cuda/nf4_linear.cu, which says how much scratch it wants, or
+that it has no kernel for the call (many rows of x, or float32). Then W is dequantised in slabs small enough
+to stay in the L2 cache, and torch multiplies:
 
     y[:, slab]  = u·(s·B[slab])ᵀ + bias[slab] + x·W[slab]ᵀ
     dx[:, slab] = v·A[:, slab] + dy·W[:, slab]
@@ -32,7 +32,7 @@ _route = ROUTES["auto"]
 
 @contextmanager
 def use_route(name: str) -> Iterator[None]:
-    """Have calls inside take a route (for tests and benchmarks), where it can take them; else none has a kernel."""
+    """For tests and benchmarks: calls inside take this route, or dense where it cannot take them."""
     global _route  # noqa: PLW0603
     previous, _route = _route, ROUTES[name]
     try:
@@ -62,7 +62,8 @@ def _run(
 def _weight(weight: Packed) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """What kernels read of a weight: its scales at whole addresses, and the dynamic map."""
     packed, scales, nested, _ = weight
-    return packed, cuda.whole(scales), cuda.whole(nested), cuda.dynamic_map(packed.device)
+    nested = None if nested is None else cuda.whole(nested)
+    return packed, cuda.whole(scales), nested, cuda.dynamic_map(packed.device)
 
 
 def _rows(x: Tensor) -> int:
@@ -90,8 +91,8 @@ def _dequantize(
     device: Device, weight: Packed, k: int, rows: tuple[int, int], columns: tuple[int, int], out: Tensor
 ) -> int:
     return device.call(
-        "nf4_dequantize", _weight(weight), (out,), DTYPE_CODE[out.dtype], weight[0].shape[0], k, weight[3], *rows,
-        *columns,
+        "nf4_dequantize", _weight(weight), (out,), DTYPE_CODE[out.dtype], weight[0].shape[0], k, weight[3],
+        *rows, *columns,
     )  # fmt: skip
 
 
@@ -175,8 +176,8 @@ def _gradients(
     *,
     rank_major: bool = False,
 ) -> int:
-    """product = scaling·tall·factor and gram = scaling·tallᵀ·small (its transpose with `rank_major`), either or both,
-    in one pass over tall (..., width)."""
+    """product = scaling·tall·factor and gram = scaling·tallᵀ·small (its transpose with `rank_major`), either
+    or both, in one pass over tall (..., width)."""
     width, m = tall.shape[-1], _rows(tall)
     lora_dtype = (gram if factor is None else factor).dtype  # type: ignore[union-attr]
     r = (small if factor is None else factor).shape[-1]  # type: ignore[union-attr]
@@ -211,8 +212,8 @@ def grad_a(device: Device, v: Tensor, x: Tensor, dtype: torch.dtype, da: Tensor)
 
 
 def linear(
-    device: Device, x: Tensor, weight: Packed, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
-    u: Tensor | None, scaling: float, y: Tensor,
+    device: Device, x: Tensor, weight: Packed, bias: Tensor | None, lora_a: Tensor | None,
+    lora_b: Tensor | None, u: Tensor | None, scaling: float, y: Tensor,
 ) -> int:  # fmt: skip
     """y. lora_a None, lora_b given: u is an input; else u, if it is given, is written too."""
     m, n, k = _rows(x), weight[0].shape[0], x.shape[-1]
@@ -240,27 +241,25 @@ def linear(
 
 
 def grad_input(
-    device: Device, dy: Tensor, weight: Packed, k: int, lora_a: Tensor | None, lora_b: Tensor | None,
-    scaling: float, v: Tensor | None, dx: Tensor,
+    device: Device, dy: Tensor, u: Tensor | None, weight: Packed, k: int, lora_a: Tensor | None,
+    lora_b: Tensor | None, scaling: float, dx: Tensor, v: Tensor | None, db: Tensor | None,
 ) -> int:  # fmt: skip
-    """dx, and v unless lora_b is None: then v is an input."""
+    """dx and v; and db, with u."""
     m, n = _rows(dy), weight[0].shape[0]
     r = 0 if lora_a is None else lora_a.shape[0]
     if not r:
-        lora_a = lora_b = v = None
-    if not m:
-        return 0
+        lora_a = lora_b = v = u = db = None
     status = None
-    if n and k:
+    if m and n and k:
         status = _run(
-            device, "nf4_linear_grad_input", (dy, *_weight(weight), lora_a, lora_b), (v, dx), m, n, k, r,
-            weight[3], scaling, DTYPE_CODE[dy.dtype], DTYPE_CODE[dy.dtype if lora_a is None else lora_a.dtype],
-            _route,
+            device, "nf4_linear_grad_input", (dy, *_weight(weight), lora_a, lora_b, u), (v, db, dx),
+            m, n, k, r, weight[3], scaling, DTYPE_CODE[dy.dtype],
+            DTYPE_CODE[dy.dtype if lora_a is None else lora_a.dtype], _route,
         )  # fmt: skip
     if status is not None:
         return status
     if lora_b is not None:
-        status = _gradients(device, dy, None, lora_b, v, None, scaling)
+        status = _gradients(device, dy, u, lora_b, v, db, scaling)
         if status:
             return status
     with _plain_torch(dy.device):

@@ -67,7 +67,9 @@ int64_t nf4_linear_cuda_scratch(const Nf4LinearCudaArgs& args);
 Status nf4_linear_cuda(const Nf4LinearCudaArgs& args);
 
 struct Nf4LinearGradInputCudaArgs {
-  Nf4LinearGradInputArgs call;  // lora_b null, r > 0: v is an input
+  Nf4LinearGradInputArgs call;
+  const void* u;  // (m, r), dtype, with db
+  void* db;       // (n, r), lora_dtype, out: scaling * dyᵀ·u, in the pass over dy that makes v; or null
   const float* map;
   CudaRoute route;
   void* scratch;

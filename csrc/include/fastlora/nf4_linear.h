@@ -30,8 +30,8 @@ struct Nf4LinearGradInputArgs {
   const void* dy;  // (m, n), dtype
   Nf4Weight weight;
   const void* lora_a;  // (r, k), lora_dtype; null when r == 0
-  const void* lora_b;  // (n, r), lora_dtype; null: v is an input
-  void* v;             // (m, r), dtype: written when lora_b is given, read when it is null; null when r == 0
+  const void* lora_b;  // (n, r), lora_dtype; null when r == 0
+  void* v;             // (m, r), dtype, out; null when r == 0
   void* dx;            // (m, k), dtype, out
   int64_t m, r;
   float scaling;
