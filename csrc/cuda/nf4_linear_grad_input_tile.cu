@@ -32,7 +32,7 @@ struct Tile {
   const int w_spot[2] = {weight_place<kSwizzle>(32 * team + 2 * quad, half) + 4 * group,
                          weight_place<kSwizzle>(32 * team + 2 * quad + 1, half) + 4 * group};
   const int x_spot[2] = {kXAt + operand_place(0), kXAt + operand_place(1)};
-  StageScales<kColumns> scales;
+  StageScales<D, kColumns, true> scales;
   float sums[4][kColumns][4];
 
   explicit FASTLORA_DEVICE Tile(const ProductArgs& a) : args(a), scales(a) {}
@@ -60,7 +60,7 @@ struct Tile {
         for (int i = 0; i < 4; ++i) pairs[q][i] = scaled<D>(pairs[q][i], run.of_pair(i));
       } else {
         const int which = args.shift == 5 ? 2 * half + group / 4 : half;
-        const auto scale = pair_scale<D>(load_shared(scales.of(args, turn) + which * kTileStep + in_stage));
+        const auto scale = pair_scale(load_shared(scales.of(args, turn) + which * kTileStep + in_stage));
         FASTLORA_UNROLL
         for (int i = 0; i < 4; ++i) pairs[q][i] = scaled<D>(pairs[q][i], scale);
       }

@@ -38,7 +38,7 @@ struct Tile {
                          weight_place<kSwizzle>(warp_row + row_of(0, 1), team) + 8 * quad};
   const int x_spot[2] = {kXAt + x_place<kColumns>(group, team, 2 * quad),
                          kXAt + x_place<kColumns>(group, team, 2 * quad + 1)};
-  StageScales<kColumns> scales;
+  StageScales<D, kColumns, kScaling == Scaling::kWeights> scales;
   float sums[2][kColumns][4];
 
   explicit FASTLORA_DEVICE Tile(const ProductArgs& a) : args(a), scales(a) {}
@@ -59,7 +59,7 @@ struct Tile {
         for (int e = 0; e < 4; ++e) pairs[e] = look_up(word, pick_byte(e), copy);
         if constexpr (kScaling == Scaling::kWeights) {
           const int which = args.shift == 5 ? 2 * team + quad / 2 : team;
-          const auto scale = pair_scale<D>(load_shared(scales.of(args, turn) + which * kTileStep + row));
+          const auto scale = pair_scale(load_shared(scales.of(args, turn) + which * kTileStep + row));
           FASTLORA_UNROLL
           for (int e = 0; e < 4; ++e) pairs[e] = scaled<D>(pairs[e], scale);
         } else if constexpr (kScaling == Scaling::kRagged) {

@@ -67,26 +67,29 @@ FASTLORA_DEVICE uint32_t look_up(uint32_t word, uint32_t picked, uint32_t copy F
   return load_shared(reinterpret_cast<const uint32_t*>(shared_memory<uint8_t>(0) + offset) FASTLORA_HERE);
 }
 
-// A scale as two words of two equal halves: high + low has 8 bits more (11 with float16) than D has.
+// A scale in two parts: high + low has 8 bits more than bfloat16 has, 11 more than float16. As one word, low in
+// its low half, and as two words of two equal halves each, as it is used.
 struct PairScale {
   uint32_t high, low;
 };
 
 // `scale`: absmax divided by the table's stretch.
 template <DType D>
-FASTLORA_DEVICE PairScale pair_scale(float scale) {
-  uint32_t high;
-  float rest;
+FASTLORA_DEVICE uint32_t split_scale(float scale) {
+  float high = scale, rest;
   if constexpr (D == DType::kBFloat16) {
-    const uint32_t bits = bits_of(scale);
-    high = byte_permute(bits, bits, 0x3232);  // cut, not rounded: a finite scale never gives an infinite part
-    rest = add(scale, -float_of(bits & 0xffff0000u));
+    high =
+        float_of(bits_of(scale) & 0xffff0000u);  // cut, not rounded: a finite scale never gives an infinite part
+    rest = add(scale, -high);
   } else {
-    high = pack_pair<D>(scale, scale);
-    rest = add(scale, -fp16_to_float(static_cast<uint16_t>(high)));
+    rest = add(scale, -fp16_to_float(float_to_fp16(scale)));
   }
   if (!(rest < 3.4e38f && rest > -3.4e38f)) rest = 0.0f;  // of an infinite scale
-  return {high, pack_pair<D>(rest, rest)};
+  return pack_pair<D>(rest, high);
+}
+
+FASTLORA_DEVICE PairScale pair_scale(uint32_t split) {
+  return {byte_permute(split, split, 0x3232), byte_permute(split, split, 0x1010)};
 }
 
 // pair * scale, as if rounded once from float32: the product with `low` is exact enough for that.

@@ -144,8 +144,9 @@ class TileCopy {
 // ---- scales -------------------------------------------------------------------------------------------------
 
 // The scales of a stage, where no scale block straddles rows of W: fetched a stage ahead, then stored decoded as
-// (scales a row, 128 rows) float32, in two buffers by turns. Those outside of W are finite.
-template <int kColumns>
+// (scales a row, 128 rows), in two buffers by turns: float32, or with kSplit as split_scale has them. Those
+// outside of W are finite.
+template <DType D, int kColumns, bool kSplit>
 class StageScales {
  public:
   template <class Args>
@@ -171,12 +172,13 @@ class StageScales {
       if (j > 0 && bits == 1) break;
       const float scale =
           reader_.decode(raw_[j], shared_memory<float>(kFactorsAt<kColumns>), stretch FASTLORA_HERE);
-      store_shared(of(args, turn) + (i & ((1 << bits) - 1)) * kTileStep + (i >> bits), scale FASTLORA_HERE);
+      store_shared(of(args, turn) + (i & ((1 << bits) - 1)) * kTileStep + (i >> bits),
+                   kSplit ? split_scale<D>(scale) : bits_of(scale) FASTLORA_HERE);
     }
   }
 
-  static FASTLORA_DEVICE float* of(const ProductArgs& args, int turn) {
-    return shared_memory<float>(kScalesAt<kColumns>) + (turn % 2 << scale_bits(args.shift)) * kTileStep;
+  static FASTLORA_DEVICE uint32_t* of(const ProductArgs& args, int turn) {
+    return shared_memory<uint32_t>(kScalesAt<kColumns>) + (turn % 2 << scale_bits(args.shift)) * kTileStep;
   }
 
   FASTLORA_DEVICE const ScaleReader& reader() const { return reader_; }
@@ -200,10 +202,16 @@ struct RunScales {
     if (row >= args.n || column >= args.k) return;
     const int64_t flat = static_cast<int64_t>(row) * args.k + column, block = flat >> args.shift;
     const int64_t left = ((block + 1) << args.shift) - flat;
-    first = pair_scale<D>(reader.decode(reader.fetch(block FASTLORA_HERE), factors, stretch FASTLORA_HERE));
+    first = scale_of(reader, block, factors, stretch FASTLORA_HERE);
     if (left >= count || left >= args.k - column) return;
     boundary = static_cast<int>(left);
-    second = pair_scale<D>(reader.decode(reader.fetch(block + 1 FASTLORA_HERE), factors, stretch FASTLORA_HERE));
+    second = scale_of(reader, block + 1, factors, stretch FASTLORA_HERE);
+  }
+
+  static FASTLORA_DEVICE PairScale scale_of(const ScaleReader& reader, int64_t block, const float* factors,
+                                            float stretch FASTLORA_AT) {
+    return pair_scale(
+        split_scale<D>(reader.decode(reader.fetch(block FASTLORA_HERE), factors, stretch FASTLORA_HERE)));
   }
 
   // For weights 2 * pair and the next.
