@@ -23,6 +23,10 @@ Status launch_nf4_linear_tile(const ProductArgs& args, DType dtype, int columns,
 
 int tile_shared_bytes(int columns, int64_t blocksize);
 
+// y by tiles of 128 columns and `columns` rows of x, columns 16, 32, 64, 128 or 256; span a multiple of 64. Capability
+// 9.0a. Whole vectors of x; rows of W that are whole scale blocks, in whole vectors.
+Status launch_nf4_linear_sm90(const ProductArgs& args, DType dtype, int columns, bool overlaps, void* stream);
+
 // out = the sum of product.parts over its splits, plus the bias.
 Status launch_split_sum(const ProductArgs& product, void* out, int width, DType dtype, void* stream);
 

@@ -79,6 +79,30 @@ int tile_columns(const Shape& s, bool ragged, const DeviceTraits& traits) {
   return best;
 }
 
+// A warpgroup tile's rows of x, and what a stage of 64 steps of it takes by the count of its shared-memory wavefronts
+// and its products (docs/cuda_kernels.md), in clocks.
+struct WarpgroupTile {
+  int columns, clocks;
+};
+constexpr WarpgroupTile kForwardTiles[] = {{16, 330}, {32, 345}, {64, 375}, {128, 680}, {256, 1060}};
+constexpr WarpgroupTile kGradInputTiles[] = {{16, 480}, {32, 500}, {64, 540}, {128, 810}, {256, 1190}};
+
+// The tile whose waves over the processors take the fewest clocks.
+int warpgroup_columns(const Shape& s, const DeviceTraits& traits) {
+  const auto& tiles = s.grad ? kGradInputTiles : kForwardTiles;
+  int best = 0;
+  int64_t least = 0;
+  for (const WarpgroupTile& tile : tiles) {
+    const int64_t blocks = ceil_div(s.m, tile.columns) * ceil_div(s.outer, 128);
+    const int64_t clocks = ceil_div(blocks, traits.processors) * tile.clocks;
+    if (best == 0 || clocks < least) {
+      best = tile.columns;
+      least = clocks;
+    }
+  }
+  return best;
+}
+
 // As many splits as fill the device once, each of at least four steps.
 void split(Plan& plan, const Shape& s, int64_t tiles, int64_t slots, int step) {
   const int64_t steps = ceil_div(s.contraction, step);
@@ -113,7 +137,13 @@ bool make_plan(const Shape& s, bool inner_is_wanted, Plan* out) {
       plan.route = route;
     }
   };
+#ifdef FASTLORA_SM90
+  const bool warpgroups = fits && !plan.ragged && traits->capability == 90;
+#else
+  const bool warpgroups = false;
+#endif
   choose(CudaRoute::kDecode, decodes, rows.decode);
+  choose(CudaRoute::kWarpgroup, warpgroups, rows.warpgroup);
   choose(CudaRoute::kTile, fits, plan.ragged ? rows.ragged_tile : rows.tile);
   *out = plan;
   if (plan.route == CudaRoute::kDense) return true;
@@ -121,6 +151,10 @@ bool make_plan(const Shape& s, bool inner_is_wanted, Plan* out) {
   if (plan.route == CudaRoute::kDecode) {
     // Blocks of 16 rows where those of 32 would leave processors without one.
     plan.columns = ceil_div(w.n, 32) < 2 * traits->processors ? 16 : 32;
+  } else if (plan.route == CudaRoute::kWarpgroup) {
+    plan.columns = warpgroup_columns(s, *traits);
+    const int64_t tiles = ceil_div(s.m, plan.columns) * ceil_div(s.outer, 128);
+    split(plan, s, tiles, traits->processors * (plan.columns <= 64 ? 2 : 1), 64);
   } else {
     plan.columns = tile_columns(s, plan.ragged, *traits);
     const int64_t tiles = ceil_div(s.m, 8 * plan.columns) * ceil_div(s.outer, 128);
@@ -262,9 +296,17 @@ Status nf4_linear_cuda(const Nf4LinearCudaArgs& a) {
     const Status status = launch_lora_project(project, c.dtype, a.stream);
     if (status != Status::kOk) return status;
   }
-  Status status = plan.route == CudaRoute::kDecode
-                      ? launch_nf4_linear_decode(args, c.dtype, plan.columns, projects, a.stream)
-                      : launch_nf4_linear_tile(args, c.dtype, plan.columns, plan.ragged, projects, a.stream);
+  Status status = Status::kBadArgument;
+  if (plan.route == CudaRoute::kDecode) {
+    status = launch_nf4_linear_decode(args, c.dtype, plan.columns, projects, a.stream);
+  } else if (plan.route == CudaRoute::kTile) {
+    status = launch_nf4_linear_tile(args, c.dtype, plan.columns, plan.ragged, projects, a.stream);
+  }
+#ifdef FASTLORA_SM90
+  if (plan.route == CudaRoute::kWarpgroup) {
+    status = launch_nf4_linear_sm90(args, c.dtype, plan.columns, projects, a.stream);
+  }
+#endif
   if (status != Status::kOk || plan.splits == 1) return status;
   args.bias = c.bias;
   return launch_split_sum(args, c.y, args.n, c.dtype, a.stream);

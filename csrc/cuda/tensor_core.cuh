@@ -141,11 +141,16 @@ FASTLORA_DEVICE void memory_barrier_arrive(uint64_t* barrier FASTLORA_AT) {
 // Returns once the phase of `parity` has ended.
 FASTLORA_DEVICE void memory_barrier_wait(uint64_t* barrier, int parity FASTLORA_AT) {
 #ifdef __CUDACC__
-  asm volatile(
-      "{\n .reg .pred done;\n again:\n mbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n @!done bra "
-      "again;\n}" ::"r"(shared_address(barrier)),
-      "r"(parity)
-      : "memory");
+#if __CUDA_ARCH__ >= 900
+#define FASTLORA_TRY "try_wait"  // which sleeps for a while
+#else
+#define FASTLORA_TRY "test_wait"
+#endif
+  asm volatile("{\n .reg .pred done;\n again:\n mbarrier." FASTLORA_TRY
+               ".parity.shared.b64 done, [%0], %1;\n @!done bra again;\n}" ::"r"(shared_address(barrier)),
+               "r"(parity)
+               : "memory");
+#undef FASTLORA_TRY
 #else
   emulator::memory_barrier_wait(barrier, parity, at);
 #endif
