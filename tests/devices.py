@@ -34,6 +34,7 @@ AUTOGRAD_NAMES = {
 EMULATED = {
     "cuda_emulated": (80, "auto"),
     "cuda_emulated_tile": (80, "tile"),
+    "cuda_emulated_sm90": (90, "warpgroup"),
 }
 
 

@@ -23,8 +23,8 @@ Status launch_nf4_linear_tile(const ProductArgs& args, DType dtype, int columns,
 
 int tile_shared_bytes(int columns, int64_t blocksize);
 
-// y by tiles of 128 columns and `columns` rows of x, columns 16, 32, 64, 128 or 256; span a multiple of 64. Capability
-// 9.0a. Whole vectors of x; rows of W that are whole scale blocks, in whole vectors.
+// y by tiles of 128 columns and `columns` rows of x, columns 16, 32, 64, 128 or 256; span a multiple of 64.
+// Capability 9.0a. Whole vectors of x; rows of W that are whole scale blocks, in whole vectors.
 Status launch_nf4_linear_sm90(const ProductArgs& args, DType dtype, int columns, bool overlaps, void* stream);
 
 // out = the sum of product.parts over its splits, plus the bias.
@@ -42,6 +42,10 @@ struct ProjectArgs {
 };
 // u = x·Aᵀ
 Status launch_lora_project(const ProjectArgs& args, DType dtype, void* stream);
+
+// dx by tiles of 128 columns and `columns` rows of dy, as launch_nf4_linear_sm90.
+Status launch_nf4_linear_grad_input_sm90(const ProductArgs& args, DType dtype, int columns, bool overlaps,
+                                         void* stream);
 
 // dx by tiles of 128 columns and 8 * `columns` rows of dy, columns 1, 2, 4 or 8; span a multiple of 128. Unless
 // `ragged` (columns 2 or 8): as above.

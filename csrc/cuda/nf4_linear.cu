@@ -79,8 +79,8 @@ int tile_columns(const Shape& s, bool ragged, const DeviceTraits& traits) {
   return best;
 }
 
-// A warpgroup tile's rows of x, and what a stage of 64 steps of it takes by the count of its shared-memory wavefronts
-// and its products (docs/cuda_kernels.md), in clocks.
+// A warpgroup tile's rows of x, and what a stage of 64 steps of it takes by the count of its shared-memory
+// wavefronts and its products (docs/cuda_kernels.md), in clocks.
 struct WarpgroupTile {
   int columns, clocks;
 };
@@ -342,8 +342,15 @@ Status nf4_linear_grad_input_cuda(const Nf4LinearGradInputCudaArgs& a) {
     const Status status = lora_gradients_cuda(thin);
     if (status != Status::kOk) return status;
   }
-  const Status status =
-      launch_nf4_linear_grad_input_tile(args, c.dtype, plan.columns, plan.ragged, c.r > 0, a.stream);
+  Status status = Status::kBadArgument;
+  if (plan.route == CudaRoute::kTile) {
+    status = launch_nf4_linear_grad_input_tile(args, c.dtype, plan.columns, plan.ragged, c.r > 0, a.stream);
+  }
+#ifdef FASTLORA_SM90
+  if (plan.route == CudaRoute::kWarpgroup) {
+    status = launch_nf4_linear_grad_input_sm90(args, c.dtype, plan.columns, c.r > 0, a.stream);
+  }
+#endif
   if (status != Status::kOk || plan.splits == 1) return status;
   return launch_split_sum(args, c.dx, args.k, c.dtype, a.stream);
 }

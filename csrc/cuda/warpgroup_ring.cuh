@@ -1,19 +1,22 @@
 // The ring between one warpgroup that copies and two that multiply, for the wgmma kernels of both directions.
 //
-// A stage is 64 steps of the contraction: 4 KiB of packed weights in 32 of the table's gaps, kColumns rows of x in the
-// layout that products read (128 bytes a row, swizzled), and its scales. Full and empty mbarriers hand stages over; a
-// copying thread hands one over when its own copies of it have landed, which it makes sure of kLag stages later.
+// A stage is 64 steps of the contraction: 4 KiB of packed weights in 32 of the table's gaps, kColumns rows of x in
+// the layout that products read (128 bytes a row, swizzled), and its scales. Full and empty mbarriers hand stages
+// over; a copying thread hands one over when its own copies of it have landed, which it makes sure of kLag stages
+// later.
 #pragma once
 
+#include "kernels.cuh"
+#include "launch.cuh"
 #include "nf4_linear.cuh"
 #include "warpgroup.cuh"
 
 namespace fastlora::cuda {
 
-inline constexpr int kGroupThreads = 128;                // of a warpgroup: the first copies
-inline constexpr int kRingThreads = 3 * kGroupThreads;   // the others multiply
-inline constexpr int kDepth = 64;                        // steps in a stage
-inline constexpr int kRingGaps = 32;                     // of W in a stage
+inline constexpr int kGroupThreads = 128;               // of a warpgroup: the first copies
+inline constexpr int kRingThreads = 3 * kGroupThreads;  // the others multiply
+inline constexpr int kDepth = 64;                       // steps in a stage
+inline constexpr int kRingGaps = 32;                    // of W in a stage
 inline constexpr int kRingWBytes = kRingGaps * kPairPitch;
 
 template <int kColumns>
@@ -33,8 +36,8 @@ template <int kColumns>
 struct Ring {
   using Layout = RingLayout<kColumns>;
   static constexpr int kStages = Layout::kStages;
-  // Those who multiply free a stage when they have the next: so two stages are theirs, and the copies of the others
-  // may be under way.
+  // Those who multiply free a stage when they have the next: so two stages are theirs, and the copies of the
+  // others may be under way.
   static constexpr int kLag = kStages - 2;
 
   static FASTLORA_DEVICE uint64_t* full(int stage) { return shared_memory<uint64_t>(Layout::kBarriersAt) + stage; }
@@ -85,10 +88,57 @@ struct Ring {
   static FASTLORA_DEVICE void release(int index) { memory_barrier_arrive(empty(index % kStages)); }
 };
 
+// ---- a block's tile -----------------------------------------------------------------------------------------
+
+inline constexpr int kRingTile = 128;  // rows of W forward, columns of it for the input gradient
+
+struct RingTile {
+  int x_row, first;  // of x, and of the output's columns
+  int split, begin, stages, inner_stages;
+  int contraction;  // its whole length
+};
+
+template <int kColumns>
+FASTLORA_DEVICE RingTile ring_tile(const ProductArgs& args, int contraction) {
+  const int split = block_index_z(), begin = split * args.span;
+  const int end = begin + args.span < contraction ? begin + args.span : contraction;
+  return {.x_row = block_index() * kColumns,  // neighbouring blocks have the same part of W
+          .first = block_index_y() * kRingTile,
+          .split = split,
+          .begin = begin,
+          .stages = (end - begin + kDepth - 1) / kDepth,
+          .inner_stages = split == 0 ? (args.r + kDepth - 1) / kDepth : 0,
+          .contraction = contraction};
+}
+
+// What a launch of `width` columns of output looks like.
+template <int kColumns>
+LaunchShape ring_shape(const ProductArgs& args, int width, bool overlaps) {
+  return {.blocks = static_cast<int>(ceil_div(args.m, kColumns)),
+          .blocks_y = static_cast<int>(ceil_div(width, kRingTile)),
+          .blocks_z = args.splits,
+          .threads = kRingThreads,
+          .shared_bytes = RingLayout<kColumns>::kBytes,
+          .overlaps = overlaps};
+}
+
+// Barriers and tables, by all threads; then they part.
+template <DType D, int kColumns>
+FASTLORA_DEVICE void start_ring(const ProductArgs& args) {
+  using R = Ring<kColumns>;
+  if (thread_index() == 0) R::init();
+  fill_pair_table<kRingThreads>(args.codes);
+  fill_factors<kRingThreads>(shared_memory<float>(R::Layout::kFactorsAt),
+                             args.scales.nested == nullptr ? nullptr : args.map, 1.0f / kStretch<D>);
+  sync_threads();
+}
+
+// ---- the copying warpgroup ----------------------------------------------------------------------------------
+
 // Where 16 bytes of row `row` of x lie in a stage.
 FASTLORA_DEVICE int ring_x_place(int row, int vector) { return row * 128 + (vector ^ row % 8) * 16; }
 
-// Rows of x of a stage, by the copying warpgroup: `rows` and `steps` are what is left from the stage's first on.
+// Rows of x of a stage: `rows` and `steps` are what is left from its first on; zeros past them.
 template <int kColumns>
 FASTLORA_DEVICE void copy_ring_x(uint8_t* to, const uint16_t* from, int width, int rows, int steps FASTLORA_AT) {
   const int row = thread_index() / 8, vector = thread_index() % 8;
@@ -110,6 +160,135 @@ FASTLORA_DEVICE void fill_ring_inner(const ProductArgs& args, uint8_t* to, int x
     store_shared(reinterpret_cast<uint32_t*>(to + ring_x_place(row, pair / 4)) + pair % 4,
                  inner_pair<D>(args, x_row + row, r0 + 2 * pair FASTLORA_HERE) FASTLORA_HERE);
   }
+}
+
+// All stages in turn. weights.copy(index, stage) brings W and its scales.
+template <DType D, int kColumns, class Weights>
+FASTLORA_DEVICE void copy_ring(const ProductArgs& args, const RingTile& tile, Weights& weights) {
+  using R = Ring<kColumns>;
+  const auto* x_from =
+      static_cast<const uint16_t*>(args.x) + static_cast<int64_t>(tile.x_row) * tile.contraction + tile.begin;
+  for (int index = 0; index < tile.stages; ++index) {
+    const int stage = index % R::kStages;
+    R::acquire(index);
+    copy_ring_x<kColumns>(R::x(stage), x_from, tile.contraction, args.m - tile.x_row,
+                          tile.contraction - tile.begin - index * kDepth);
+    weights.copy(index, stage);
+    R::commit(index);
+    x_from += kDepth;
+  }
+  wait_for_previous_launch();
+  for (int i = 0; i < tile.inner_stages; ++i) {
+    const int index = tile.stages + i;
+    R::acquire(index);
+    fill_ring_inner<D, kColumns>(args, R::x(index % R::kStages), tile.x_row, i * kDepth);
+    R::commit(index);
+  }
+  R::drain(tile.stages + tile.inner_stages);
+}
+
+// ---- the multiplying ones -----------------------------------------------------------------------------------
+
+// sums += the products of stage `index` with a.
+template <DType D, int kColumns, int kSteps>
+FASTLORA_DEVICE void multiply_stage(float (&sums)[kColumns / 2], int index, uint32_t (&a)[4][4]) {
+  using R = Ring<kColumns>;
+  keep_registers(sums);
+  FASTLORA_UNROLL
+  for (int step = 0; step < kSteps; ++step) keep_registers(a[step]);
+  fence_warpgroup();
+  FASTLORA_UNROLL
+  for (int step = 0; step < kSteps; ++step) {
+    multiply_warpgroup<D, kColumns>(sums, a[step], R::x(index % R::kStages), step);
+  }
+  commit_warpgroup();
+}
+
+template <DType D, int kColumns, int kSteps, class Operands>
+FASTLORA_DEVICE void multiply_inner(const RingTile& tile, const Operands& operands, float (&sums)[kColumns / 2],
+                                    uint32_t (&a)[4][4]) {
+  using R = Ring<kColumns>;
+  for (int i = 0; i < tile.inner_stages; ++i) {
+    operands.template make_factor<kSteps>(i * kDepth, a);
+    R::wait_full(tile.stages + i);
+    multiply_stage<D, kColumns, kSteps>(sums, tile.stages + i, a);
+    wait_warpgroup<0>();
+    keep_registers(sums);
+    R::release(tile.stages + i);
+  }
+}
+
+// All stages in turn. operands.make(index, a) looks up the left operands of a stage, four steps of 16;
+// make_factor<kSteps>(r0, a) loads those of the low-rank steps from r0 on.
+template <DType D, int kColumns, class Operands>
+FASTLORA_DEVICE void multiply_ring(const ProductArgs& args, const RingTile& tile, const Operands& operands,
+                                   float (&sums)[kColumns / 2]) {
+  using R = Ring<kColumns>;
+  uint32_t a[2][4][4];
+  int index = 0;
+  // Two stages a trip, so that the operands' two sets of registers have names. While the products of one are under
+  // way, the other is made.
+  for (; index + 1 < tile.stages; index += 2) {
+    FASTLORA_UNROLL
+    for (int set = 0; set < 2; ++set) {
+      R::wait_full(index + set);
+      operands.make(index + set, a[set]);
+      multiply_stage<D, kColumns, 4>(sums, index + set, a[set]);
+      wait_warpgroup<1>();  // the stage before is done
+      if (index + set > 0) R::release(index + set - 1);
+    }
+  }
+  if (index < tile.stages) {
+    R::wait_full(index);
+    operands.make(index, a[0]);
+    multiply_stage<D, kColumns, 4>(sums, index, a[0]);
+  }
+  wait_warpgroup<0>();
+  keep_registers(sums);
+  if (tile.stages > 1 && index < tile.stages) R::release(tile.stages - 2);
+  if (tile.stages > 0) R::release(tile.stages - 1);
+  wait_for_previous_launch();
+  if (args.r <= 16) {
+    multiply_inner<D, kColumns, 1>(tile, operands, sums, a[0]);
+  } else {
+    multiply_inner<D, kColumns, 4>(tile, operands, sums, a[0]);
+  }
+}
+
+// A lane's sums: two adjacent columns of the output from `column` on, for 2 rows of x in each 8.
+template <DType D, int kColumns>
+FASTLORA_DEVICE void store_ring(const ProductArgs& args, const RingTile& tile, int column, int width,
+                                const float (&sums)[kColumns / 2]) {
+  const int quad = lane_index() % 4;
+  FASTLORA_UNROLL
+  for (int c = 0; c < kColumns / 8; ++c) {
+    FASTLORA_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      float values[2] = {sums[4 * c + j], sums[4 * c + j + 2]};
+      store_results<D, 2>(args, tile.split, tile.x_row + 8 * c + 2 * quad + j, column, width, values);
+    }
+  }
+}
+
+// ---- registers ----------------------------------------------------------------------------------------------
+
+template <int kColumns>
+inline constexpr int kRingBlocks = kColumns <= 64 ? 2 : 1;  // on a processor
+// Of a copying and of a multiplying thread, where the even share is not the right one.
+template <int kColumns>
+inline constexpr bool kUneven = kColumns != 128;
+template <int kColumns>
+inline constexpr int kFewRegisters = kColumns == 256 ? 56 : 40;
+template <int kColumns>
+inline constexpr int kManyRegisters = kColumns == 256 ? 224 : 96;
+
+template <int kColumns>
+FASTLORA_DEVICE void take_few_registers() {
+  if constexpr (kUneven<kColumns>) lower_registers<kFewRegisters<kColumns>>();
+}
+template <int kColumns>
+FASTLORA_DEVICE void take_many_registers() {
+  if constexpr (kUneven<kColumns>) raise_registers<kManyRegisters<kColumns>>();
 }
 
 }  // namespace fastlora::cuda

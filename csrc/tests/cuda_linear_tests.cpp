@@ -357,13 +357,56 @@ void test_cuda_linear() {
     }
     for (const int64_t m : {1, 9, 20, 70, 130, 300}) {
       for (const int64_t k : {64, 320, 576}) {
-        linear_case({.m = m, .n = m == 70 ? 300 : 133, .k = k, .r = k == 320 ? 70 : 16, .dtype = dtype,
-                     .route = CudaRoute::kWarpgroup, .keep_u = k == 64, .capability = 90}, rng);
+        linear_case({.m = m,
+                     .n = m == 70 ? 300 : 133,
+                     .k = k,
+                     .r = k == 320 ? 70 : 16,
+                     .dtype = dtype,
+                     .route = CudaRoute::kWarpgroup,
+                     .keep_u = k == 64,
+                     .capability = 90},
+                    rng);
+        grad_input_case({.m = m,
+                         .n = k,
+                         .k = m == 70 ? 320 : 192,
+                         .r = k == 320 ? 70 : 16,
+                         .dtype = dtype,
+                         .route = CudaRoute::kWarpgroup,
+                         .given = k == 64,
+                         .capability = 90},
+                        rng);
       }
-      linear_case({.m = m, .n = 72, .k = 160, .r = 5, .blocksize = 32, .dtype = dtype,
-                   .route = CudaRoute::kWarpgroup, .nested = false, .given = true, .capability = 90}, rng);
-      linear_case({.m = m, .n = 16, .k = 1536, .r = 0, .blocksize = 512, .dtype = dtype,
-                   .route = CudaRoute::kWarpgroup, .bias = false, .capability = 90}, rng);
+      linear_case({.m = m,
+                   .n = 72,
+                   .k = 160,
+                   .r = 5,
+                   .blocksize = 32,
+                   .dtype = dtype,
+                   .route = CudaRoute::kWarpgroup,
+                   .nested = false,
+                   .given = true,
+                   .capability = 90},
+                  rng);
+      grad_input_case({.m = m,
+                       .n = 1544,
+                       .k = 160,
+                       .r = 5,
+                       .blocksize = 32,
+                       .dtype = dtype,
+                       .route = CudaRoute::kWarpgroup,
+                       .nested = false,
+                       .capability = 90},
+                      rng);
+      linear_case({.m = m,
+                   .n = 16,
+                   .k = 1536,
+                   .r = 0,
+                   .blocksize = 512,
+                   .dtype = dtype,
+                   .route = CudaRoute::kWarpgroup,
+                   .bias = false,
+                   .capability = 90},
+                  rng);
     }
     for (const int64_t r : {1, 16, 24, 40, 70}) {
       for (const int64_t m : {1, 70, 200}) {
