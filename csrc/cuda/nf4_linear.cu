@@ -131,20 +131,29 @@ bool make_plan(const Shape& s, bool inner_is_wanted, Plan* out) {
                     w.n * w.k / w.blocksize < kMost && traits->capability >= 80;
   const Crossovers& rows = s.grad ? row_of(kGradInput, traits->capability) : row_of(kForward, traits->capability);
   const bool decodes = fits && !s.grad && !plan.ragged && s.m <= 8 && w.blocksize >= 64;
-  const auto choose = [&](CudaRoute route, bool can, int64_t most) {
-    if (can &&
-        (s.wanted == route || (s.wanted == CudaRoute::kAuto && plan.route == CudaRoute::kDense && s.m <= most))) {
-      plan.route = route;
-    }
-  };
 #ifdef FASTLORA_SM90
   const bool warpgroups = fits && !plan.ragged && traits->capability == 90;
 #else
   const bool warpgroups = false;
 #endif
-  choose(CudaRoute::kDecode, decodes, rows.decode);
-  choose(CudaRoute::kWarpgroup, warpgroups, rows.warpgroup);
-  choose(CudaRoute::kTile, fits, plan.ragged ? rows.ragged_tile : rows.tile);
+  struct Choice {
+    CudaRoute route;
+    bool can;
+    int most;  // rows of x
+  };
+  const Choice choices[] = {{CudaRoute::kDecode, decodes, rows.decode},
+                            {CudaRoute::kWarpgroup, warpgroups, rows.warpgroup},
+                            {CudaRoute::kTile, fits, plan.ragged ? rows.ragged_tile : rows.tile}};
+  bool given = s.wanted == CudaRoute::kDense;
+  for (const Choice& c : choices) {
+    if (c.route == s.wanted && c.can) {
+      plan.route = c.route;
+      given = true;
+    }
+  }
+  for (const Choice& c : choices) {
+    if (!given && plan.route == CudaRoute::kDense && c.can && s.m <= c.most) plan.route = c.route;
+  }
   *out = plan;
   if (plan.route == CudaRoute::kDense) return true;
 

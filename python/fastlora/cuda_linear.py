@@ -32,7 +32,7 @@ _route = ROUTES["auto"]
 
 @contextmanager
 def use_route(name: str) -> Iterator[None]:
-    """For tests and benchmarks: calls inside take this route, or dense where it cannot take them."""
+    """For tests and benchmarks: calls inside take this route where it can take them."""
     global _route  # noqa: PLW0603
     previous, _route = _route, ROUTES[name]
     try:
