@@ -170,16 +170,17 @@ FASTLORA_DEVICE void store_results(const ProductArgs& args, int split, int row, 
   const int64_t index = static_cast<int64_t>(row) * width + col;
   if (args.out == nullptr) {
     float* part = args.parts + static_cast<int64_t>(split) * args.m * width + index;
-    if (args.out_vector >= kCount && kCount >= 4) {
+    if (args.out_vector >= kCount) {
+      constexpr int kAtOnce = kCount < 4 ? kCount : 4;
+      struct alignas(4 * kAtOnce) Floats {
+        float f[kAtOnce];
+      };
       FASTLORA_UNROLL
-      for (int i = 0; i < kCount / 4; ++i) {
-        store_global(
-            reinterpret_cast<Words4*>(part) + i, Words4 {
-              {
-                bits_of(values[4 * i]), bits_of(values[4 * i + 1]), bits_of(values[4 * i + 2]),
-                    bits_of(values[4 * i + 3])
-              }
-            } FASTLORA_HERE);
+      for (int i = 0; i < kCount; i += kAtOnce) {
+        Floats floats;
+        FASTLORA_UNROLL
+        for (int j = 0; j < kAtOnce; ++j) floats.f[j] = values[i + j];
+        store_global(reinterpret_cast<Floats*>(part + i), floats FASTLORA_HERE);
       }
       return;
     }

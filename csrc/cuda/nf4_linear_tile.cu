@@ -43,20 +43,28 @@ struct Tile {
 
   explicit FASTLORA_DEVICE Tile(const ProductArgs& a) : args(a), scales(a) {}
 
-  // The left operands of 32 of this team's 64 columns of a stage, those whose packed bytes are in word `half` of a
-  // lane's two: [tile][step of 16].
-  FASTLORA_DEVICE void make_operands(int stage, int column, int turn, int half, uint32_t (&a)[2][2][4]) const {
+  // Packed bytes of this team's 64 columns of a stage: [tile][half of the operand's rows].
+  FASTLORA_DEVICE void load_words(int stage, Words2 (&words)[2][2]) const {
+    FASTLORA_UNROLL
+    for (int i = 0; i < 2; ++i) {  // two rows are a gap
+      FASTLORA_UNROLL
+      for (int h = 0; h < 2; ++h) {
+        words[i][h] = load_shared(shared_memory<Words2>(stage * kWStageBytes + w_spot[h] + i * kPairPitch));
+      }
+    }
+  }
+
+  // The left operands of the 32 columns whose packed bytes are a lane's words `half`: [tile][step of 16].
+  FASTLORA_DEVICE void make_operands(const Words2 (&words)[2][2], int column, int turn, int half,
+                                     uint32_t (&a)[2][2][4]) const {
     FASTLORA_UNROLL
     for (int i = 0; i < 2; ++i) {
       FASTLORA_UNROLL
       for (int h = 0; h < 2; ++h) {
         const int row = warp_row + row_of(i, h);
-        // Operand i begins 2i rows on, one gap; words go in order.
-        const uint32_t word =
-            load_shared(shared_memory<uint32_t>(stage * kWStageBytes + w_spot[h] + i * kPairPitch + half * 4));
         uint32_t pairs[4];
         FASTLORA_UNROLL
-        for (int e = 0; e < 4; ++e) pairs[e] = look_up(word, pick_byte(e), copy);
+        for (int e = 0; e < 4; ++e) pairs[e] = look_up(words[i][h].w[half], pick_byte(e), copy);
         if constexpr (kScaling == Scaling::kWeights) {
           const int which = args.shift == 5 ? 2 * team + quad / 2 : team;
           const auto scale = pair_scale(load_shared(scales.of(args, turn) + which * kTileStep + row));
@@ -75,42 +83,15 @@ struct Tile {
   }
 
   FASTLORA_DEVICE void multiply_stage(int stage, int column, int turn) {
+    Words2 words[2][2];
+    load_words(stage, words);
     if constexpr (kScaling == Scaling::kSums) {
-      uint32_t a[2][2][2][4];
-      FASTLORA_UNROLL
-      for (int half = 0; half < 2; ++half) make_operands(stage, column, turn, half, a[half]);
-      Words2 scale[2];
-      FASTLORA_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        scale[i] = load_shared(
-            reinterpret_cast<const Words2*>(scales.of(args, turn) + team * kTileStep + warp_row + row_of(i, 0)));
-      }
-      FASTLORA_UNROLL
-      for (int c = 0; c < kColumns; ++c) {
-        const Words4 x[2] = {load_operand(stage, c, 0), load_operand(stage, c, 1)};
-        FASTLORA_UNROLL
-        for (int i = 0; i < 2; ++i) {
-          float part[4];
-          FASTLORA_UNROLL
-          for (int step = 0; step < 4; ++step) {
-            const uint32_t b[2] = {x[step / 2].w[step % 2 * 2], x[step / 2].w[step % 2 * 2 + 1]};
-            if (step == 0) {
-              multiply_tile<D>(part, a[0][i][0], b, {0.0f, 0.0f, 0.0f, 0.0f});
-            } else {
-              multiply_tile<D>(part, a[step / 2][i][step % 2], b);
-            }
-          }
-          FASTLORA_UNROLL
-          for (int j = 0; j < 4; ++j) {
-            sums[i][c][j] = multiply_add(part[j], float_of(scale[i].w[j / 2]), sums[i][c][j]);
-          }
-        }
-      }
+      multiply_then_scale(words, stage, column, turn);
     } else {
       FASTLORA_UNROLL
       for (int half = 0; half < 2; ++half) {
         uint32_t a[2][2][4];
-        make_operands(stage, column, turn, half, a);
+        make_operands(words, column, turn, half, a);
         FASTLORA_UNROLL
         for (int c = 0; c < kColumns; ++c) {
           const Words4 x = load_operand(stage, c, half);
@@ -120,6 +101,39 @@ struct Tile {
             FASTLORA_UNROLL
             for (int i = 0; i < 2; ++i) multiply_tile<D>(sums[i][c], a[i][step], b);
           }
+        }
+      }
+    }
+  }
+
+  FASTLORA_DEVICE void multiply_then_scale(const Words2 (&words)[2][2], int stage, int column, int turn) {
+    uint32_t a[2][2][2][4];
+    FASTLORA_UNROLL
+    for (int half = 0; half < 2; ++half) make_operands(words, column, turn, half, a[half]);
+    Words2 scale[2];
+    FASTLORA_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      scale[i] = load_shared(
+          reinterpret_cast<const Words2*>(scales.of(args, turn) + team * kTileStep + warp_row + row_of(i, 0)));
+    }
+    FASTLORA_UNROLL
+    for (int c = 0; c < kColumns; ++c) {
+      const Words4 x[2] = {load_operand(stage, c, 0), load_operand(stage, c, 1)};
+      FASTLORA_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        float part[4];
+        FASTLORA_UNROLL
+        for (int step = 0; step < 4; ++step) {
+          const uint32_t b[2] = {x[step / 2].w[step % 2 * 2], x[step / 2].w[step % 2 * 2 + 1]};
+          if (step == 0) {
+            multiply_tile<D>(part, a[0][i][0], b, {0.0f, 0.0f, 0.0f, 0.0f});
+          } else {
+            multiply_tile<D>(part, a[step / 2][i][step % 2], b);
+          }
+        }
+        FASTLORA_UNROLL
+        for (int j = 0; j < 4; ++j) {
+          sums[i][c][j] = multiply_add(part[j], float_of(scale[i].w[j / 2]), sums[i][c][j]);
         }
       }
     }

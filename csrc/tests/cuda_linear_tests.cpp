@@ -73,11 +73,11 @@ struct SharedWeight {
 class Scratch {
  public:
   explicit Scratch(int64_t bytes)
-      : room_(static_cast<size_t>(bytes) + 16, 0xcd),
+      : room_(static_cast<size_t>(bytes) + 256, 0xcd),
         registered_(data(), static_cast<size_t>(bytes), true, "scratch") {}
   uint8_t* data() const {
     const auto address = reinterpret_cast<uintptr_t>(room_.data());
-    return reinterpret_cast<uint8_t*>((address + 15) / 16 * 16);
+    return reinterpret_cast<uint8_t*>((address + 255) / 256 * 256);
   }
 
  private:
@@ -308,10 +308,60 @@ void thin_case(const Case& c, bool rank_major, bool product, Rng& rng) {
   compare("product", out->tensor, want, bound, c.r);
 }
 
+// What the main loops move through shared memory meets in no bank, and what they read of global memory are full
+// sectors. Lines that pass few bytes (scales, the low-rank steps, the ends of tiles) are not what the time goes
+// into.
+void test_patterns(Rng& rng) {
+  struct Pattern {
+    const char* name;
+    Case c;
+    bool grad;
+  };
+  const CudaRoute tile = CudaRoute::kTile, groups = CudaRoute::kWarpgroup;
+  const Pattern patterns[] = {
+      {"decode, 32 rows", {.m = 8, .n = 192, .k = 2048, .r = 0, .route = CudaRoute::kDecode}, false},
+      {"decode, 16 rows", {.m = 8, .n = 64, .k = 4096, .r = 0, .route = CudaRoute::kDecode}, false},
+      {"tile, 2", {.m = 16, .n = 128, .k = 1024, .r = 0, .route = tile}, false},
+      {"tile, 4", {.m = 32, .n = 128, .k = 1024, .r = 0, .route = tile}, false},
+      {"tile, 8", {.m = 64, .n = 128, .k = 1024, .r = 0, .route = tile}, false},
+      {"tile, 12", {.m = 96, .n = 128, .k = 1024, .r = 0, .route = tile}, false},
+      {"grad tile, 1", {.m = 8, .n = 1024, .k = 128, .r = 0, .route = tile}, true},
+      {"grad tile, 2", {.m = 16, .n = 1024, .k = 128, .r = 0, .route = tile}, true},
+      {"grad tile, 8", {.m = 64, .n = 1024, .k = 128, .r = 0, .route = tile}, true},
+      {"warpgroup", {.m = 64, .n = 128, .k = 1024, .r = 0, .route = groups, .capability = 90}, false},
+      {"grad warpgroup", {.m = 64, .n = 1024, .k = 128, .r = 0, .route = groups, .capability = 90}, true},
+  };
+  for (const Pattern& p : patterns) {
+    emulator::take_counts();
+    Case c = p.c;
+    c.place = Place::kAfterGuard;  // buffers at whole pages, as allocators have them at whole lines
+    p.grad ? grad_input_case(c, rng) : linear_case(c, rng);
+    set_case("access patterns: %s", p.name);
+    int64_t seen = 0;
+    for (const emulator::LineCount& line : emulator::take_counts()) {
+      if (line.bytes < (64 << 10)) continue;
+      ++seen;
+      // x of a few rows: a lane's 32 bytes are two loads, each of half of every sector; the second finds it in L1.
+      const bool halves = p.c.route == CudaRoute::kDecode && line.cost == 2 * line.least &&
+                          line.bytes == p.c.m * p.c.k * 2 * ((p.c.n + 31) / 32) * (p.c.n > 64 ? 1 : 2);
+      // Eight adjacent float32 results of a lane are two stores in a row.
+      const bool parts = line.access == emulator::Access::kGlobalStore && line.cost == 2 * line.least;
+      if (halves || parts) continue;
+      const bool shared =
+          line.access == emulator::Access::kSharedLoad || line.access == emulator::Access::kSharedStore;
+      check(line.cost == line.least, "%s:%d: %lld %s for %lld bytes where %lld would do", line.file.c_str(),
+            line.line, static_cast<long long>(line.cost), shared ? "wavefronts" : "sectors",
+            static_cast<long long>(line.bytes), static_cast<long long>(line.least));
+    }
+    check(seen >= 4, "only %lld lines were busy", static_cast<long long>(seen));
+  }
+}
+
 }  // namespace
 
 void test_cuda_linear() {
   Rng rng(29);
+  test_patterns(rng);
   for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
     for (const int64_t m : {1, 3, 8}) {
       for (const int64_t n : {7, 48, 130}) {
