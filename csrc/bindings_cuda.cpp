@@ -94,6 +94,13 @@ auto bind_nf4_linear_grad_input(uintptr_t dy, uintptr_t packed, uintptr_t scales
   return static_cast<int64_t>(kRun(args));
 }
 
+py::tuple bind_nf4_linear_plan(bool grad_input, int64_t m, int64_t n, int64_t k, int64_t r, int64_t blocksize,
+                               int32_t dtype, int32_t route) {
+  const CudaPlan plan = nf4_linear_cuda_plan(grad_input, m, n, k, r, blocksize, static_cast<DType>(dtype),
+                                             static_cast<CudaRoute>(route));
+  return py::make_tuple(static_cast<int32_t>(plan.route), plan.columns, plan.splits);
+}
+
 int32_t bind_lora_project(uintptr_t x, uintptr_t a, uintptr_t u, int64_t m, int64_t k, int64_t r, int32_t dtype,
                           int32_t a_dtype, uintptr_t stream) {
   return static_cast<int32_t>(lora_project_cuda({.x = at<const void>(x),
@@ -148,6 +155,7 @@ void bind_cuda(py::module_& m) {
   m.def("nf4_linear", &bind_nf4_linear<nf4_linear_cuda>);
   m.def("nf4_linear_grad_input_scratch", &bind_nf4_linear_grad_input<nf4_linear_grad_input_cuda_scratch>);
   m.def("nf4_linear_grad_input", &bind_nf4_linear_grad_input<nf4_linear_grad_input_cuda>);
+  m.def("nf4_linear_plan", &bind_nf4_linear_plan);
   m.def("lora_project", &bind_lora_project);
   m.def("lora_gradients_scratch", &bind_lora_gradients<lora_gradients_cuda_scratch>);
   m.def("lora_gradients", &bind_lora_gradients<lora_gradients_cuda>);

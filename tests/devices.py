@@ -88,7 +88,7 @@ def device(name: str, seed: int = 1) -> Iterator[None]:
         if _emulator is None:
             pytest.skip("this build holds no emulator (FASTLORA_EMULATOR=OFF)")
         capability, route = EMULATED[name]
-        _emulator.set_capability(capability)
+        _emulator.set_traits(capability)
         emulated = EmulatedDevice(seed)
         made = {op: lambda *args, op=op: ops.CUDA_OPS[op](emulated, *args) for op in OPS}
     else:

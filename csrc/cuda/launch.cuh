@@ -29,6 +29,8 @@ struct DeviceTraits {
   int capability;    // 10 * major + minor: 80, 90, ...
   int processors;    // SMs
   int shared_bytes;  // that one block may have
+  int block_clocks;  // that a block takes before its first product and after its last; and a launch that adds
+                     // parts
 };
 
 // Of the current device; null after an error. Asked of the driver once a device.

@@ -1,185 +1,11 @@
-// The layer's two products on a device: which kernels a call takes, and what scratch. Nothing else decides.
+// The layer's two products on a device: a plan's launches, and the scratch between them.
 #include "fastlora/nf4_linear.h"
 
 #include "kernels.cuh"
-#include "launch.cuh"
+#include "nf4_linear_plan.cuh"
 
 namespace fastlora::cuda {
 namespace {
-
-// ---- the table ----------------------------------------------------------------------------------------------
-
-// For how many rows of x which kernels are the fastest, from a compute capability on. Beyond the last the caller
-// dequantises and multiplies. Predicted by the cost model in docs/cuda_kernels.md; not yet measured.
-struct Crossovers {
-  int capability;
-  int decode;     // forward alone
-  int warpgroup;  // 0: none
-  int tile;
-  int ragged_tile;  // scale blocks that straddle rows of W
-};
-constexpr Crossovers kForward[] = {
-    {80, 8, 0, 1024, 64}, {90, 8, 1536, 256, 64}, {100, 8, 0, 512, 64}, {120, 8, 0, 512, 64}};
-constexpr Crossovers kGradInput[] = {
-    {80, 0, 0, 768, 64}, {90, 0, 1024, 256, 64}, {100, 0, 0, 384, 64}, {120, 0, 0, 384, 64}};
-
-template <size_t kCount>
-const Crossovers& row_of(const Crossovers (&table)[kCount], int capability) {
-  const Crossovers* found = &table[0];
-  for (const Crossovers& row : table) {
-    if (row.capability <= capability) found = &row;
-  }
-  return *found;
-}
-
-// ---- a call -------------------------------------------------------------------------------------------------
-
-struct Plan {
-  CudaRoute route;
-  bool ragged;
-  int columns;       // right operands of 8 rows of x in a tile; rows of W in a block of the decode kernel
-  int splits, span;  // of the contraction
-  int inner_splits;  // of that of u; 0: u is whole
-};
-
-// What both directions have in common.
-struct Shape {
-  int64_t m, outer, contraction, r;
-  const Nf4Weight* weight;
-  const void* x;
-  DType dtype;
-  CudaRoute wanted;
-  bool grad;
-};
-
-bool aligned(const void* p, int bytes) {
-  return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
-}
-
-bool is_ragged(const Shape& s) {
-  return s.weight->k % s.weight->blocksize != 0 || !aligned(s.weight->packed, 16) || !aligned(s.x, 16) ||
-         s.contraction % 8 != 0;
-}
-
-int tile_columns(const Shape& s, bool ragged, const DeviceTraits& traits) {
-  if (ragged) return s.m <= 16 ? 2 : 8;
-  if (s.grad) {
-    const bool eight = grad_input_tile_shared_bytes(8, s.weight->blocksize) <= traits.shared_bytes;
-    return s.m <= 8 ? 1 : s.m <= 16 ? 2 : s.m <= 32 || !eight ? 4 : 8;
-  }
-  if (s.m <= 16) return 2;
-  if (s.m <= 32) return 4;
-  // A tile costs its columns, and about three more for W.
-  const auto cost = [&](int columns) { return ceil_div(s.m, 8 * columns) * (columns + 3); };
-  int best = 4;
-  for (const int columns : {8, 12}) {
-    if (tile_shared_bytes(columns, s.weight->blocksize) > traits.shared_bytes) break;
-    if (s.m <= 64 ? best == 4 : cost(columns) < cost(best)) best = columns;
-  }
-  return best;
-}
-
-// A warpgroup tile's rows of x, and what a stage of 64 steps of it takes by the count of its shared-memory
-// wavefronts and its products (docs/cuda_kernels.md), in clocks.
-struct WarpgroupTile {
-  int columns, clocks;
-};
-constexpr WarpgroupTile kForwardTiles[] = {{16, 330}, {32, 345}, {64, 375}, {128, 680}, {256, 1060}};
-constexpr WarpgroupTile kGradInputTiles[] = {{16, 480}, {32, 500}, {64, 540}, {128, 810}, {256, 1190}};
-
-// The tile whose waves over the processors take the fewest clocks.
-int warpgroup_columns(const Shape& s, const DeviceTraits& traits) {
-  const auto& tiles = s.grad ? kGradInputTiles : kForwardTiles;
-  int best = 0;
-  int64_t least = 0;
-  for (const WarpgroupTile& tile : tiles) {
-    const int64_t blocks = ceil_div(s.m, tile.columns) * ceil_div(s.outer, 128);
-    const int64_t clocks = ceil_div(blocks, traits.processors) * tile.clocks;
-    if (best == 0 || clocks < least) {
-      best = tile.columns;
-      least = clocks;
-    }
-  }
-  return best;
-}
-
-// As many splits as fill the device once, each of at least four steps.
-void split(Plan& plan, const Shape& s, int64_t tiles, int64_t slots, int step) {
-  const int64_t steps = ceil_div(s.contraction, step);
-  int64_t splits = slots / tiles;
-  if (splits > steps / 4) splits = steps / 4;
-  if (splits > 8) splits = 8;
-  if (splits < 1) splits = 1;
-  const int64_t span = ceil_div(steps, splits);
-  plan.splits = static_cast<int>(ceil_div(steps, span > 0 ? span : 1));
-  if (plan.splits < 1) plan.splits = 1;
-  plan.span = static_cast<int>(span) * step;
-}
-
-bool make_plan(const Shape& s, bool inner_is_wanted, Plan* out) {
-  constexpr int64_t kMost = int64_t{1} << 30;
-  const DeviceTraits* traits = device_traits();
-  if (traits == nullptr) return false;
-  Plan plan{.route = CudaRoute::kDense,
-            .ragged = is_ragged(s),
-            .columns = 0,
-            .splits = 1,
-            .span = static_cast<int>(s.contraction),
-            .inner_splits = 0};
-  const Nf4Weight& w = *s.weight;
-  const bool fits = s.dtype != DType::kFloat32 && s.m < kMost && w.n < kMost && w.k < kMost &&
-                    w.n * w.k / w.blocksize < kMost && traits->capability >= 80;
-  const Crossovers& rows = s.grad ? row_of(kGradInput, traits->capability) : row_of(kForward, traits->capability);
-  const bool decodes = fits && !s.grad && !plan.ragged && s.m <= 8 && w.blocksize >= 64;
-#ifdef FASTLORA_SM90
-  const bool warpgroups = fits && !plan.ragged && traits->capability == 90;
-#else
-  const bool warpgroups = false;
-#endif
-  struct Choice {
-    CudaRoute route;
-    bool can;
-    int most;  // rows of x
-  };
-  const Choice choices[] = {{CudaRoute::kDecode, decodes, rows.decode},
-                            {CudaRoute::kWarpgroup, warpgroups, rows.warpgroup},
-                            {CudaRoute::kTile, fits, plan.ragged ? rows.ragged_tile : rows.tile}};
-  bool given = s.wanted == CudaRoute::kDense;
-  for (const Choice& c : choices) {
-    if (c.route == s.wanted && c.can) {
-      plan.route = c.route;
-      given = true;
-    }
-  }
-  for (const Choice& c : choices) {
-    if (!given && plan.route == CudaRoute::kDense && c.can && s.m <= c.most) plan.route = c.route;
-  }
-  *out = plan;
-  if (plan.route == CudaRoute::kDense) return true;
-
-  if (plan.route == CudaRoute::kDecode) {
-    // Blocks of 16 rows where those of 32 would leave processors without one.
-    plan.columns = ceil_div(w.n, 32) < 2 * traits->processors ? 16 : 32;
-  } else if (plan.route == CudaRoute::kWarpgroup) {
-    plan.columns = warpgroup_columns(s, *traits);
-    const int64_t tiles = ceil_div(s.m, plan.columns) * ceil_div(s.outer, 128);
-    split(plan, s, tiles, traits->processors * (plan.columns <= 64 ? 2 : 1), 64);
-  } else {
-    plan.columns = tile_columns(s, plan.ragged, *traits);
-    const int64_t tiles = ceil_div(s.m, 8 * plan.columns) * ceil_div(s.outer, 128);
-    split(plan, s, tiles, traits->processors * (plan.columns <= (s.grad ? 2 : 4) ? 2 : 1), 128);
-  }
-  if (s.r > 0 && !s.grad && !inner_is_wanted) {
-    // About 32 blocks for u; but whoever uses it adds the parts, so not more than 16 KiB of them.
-    const int64_t tiles = ceil_div(s.m, s.m <= 8 ? 8 : 32) * ceil_div(s.r, s.r <= 16 ? 16 : s.r <= 32 ? 32 : 64);
-    int64_t parts = 32 / tiles;
-    if (parts > 16384 / (4 * s.m * s.r)) parts = 16384 / (4 * s.m * s.r);
-    if (parts > ceil_div(s.contraction, 512)) parts = ceil_div(s.contraction, 512);
-    plan.inner_splits = static_cast<int>(parts < 1 ? 1 : parts);
-  }
-  *out = plan;
-  return true;
-}
 
 constexpr int64_t round_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 int64_t inner_bytes(const Plan& plan, const Shape& s) { return round_up(4 * plan.inner_splits * s.m * s.r); }
@@ -276,7 +102,7 @@ Status nf4_linear_cuda(const Nf4LinearCudaArgs& a) {
   Plan plan;
   const Shape s = shape_of(a);
   if (!make_plan(s, c.u != nullptr, &plan)) return Status::kDeviceError;
-  if (plan.route == CudaRoute::kDense || s.contraction == 0) return Status::kBadArgument;
+  if (plan.route == CudaRoute::kDense) return Status::kBadArgument;
   auto* scratch = static_cast<uint8_t*>(a.scratch);
   auto* inner_parts = reinterpret_cast<float*>(scratch);
   ProductArgs args = product_args(plan, s, a.map, c.y, reinterpret_cast<float*>(scratch + inner_bytes(plan, s)));
@@ -337,7 +163,7 @@ Status nf4_linear_grad_input_cuda(const Nf4LinearGradInputCudaArgs& a) {
   Plan plan;
   const Shape s = shape_of(a);
   if (!make_plan(s, true, &plan)) return Status::kDeviceError;
-  if (plan.route == CudaRoute::kDense || s.contraction == 0) return Status::kBadArgument;
+  if (plan.route == CudaRoute::kDense) return Status::kBadArgument;
   ProductArgs args = product_args(plan, s, a.map, c.dx, static_cast<float*>(a.scratch));
   args.factor = c.lora_a;
   args.factor_dtype = c.lora_dtype;

@@ -16,7 +16,14 @@ PYBIND11_MODULE(_emulator, m) {
   });
   m.def("remove_buffer", [](uintptr_t base) { emulator::remove_buffer(reinterpret_cast<const void*>(base)); });
   m.def("set_seed", &emulator::set_seed);
-  m.def("set_capability", &emulator::set_capability);
+  const emulator::Traits usual;
+  m.def(
+      "set_traits",
+      [](int capability, int processors, int shared_bytes, int block_clocks) {
+        emulator::set_traits({capability, processors, shared_bytes, block_clocks});
+      },
+      py::arg("capability") = usual.capability, py::arg("processors") = usual.processors,
+      py::arg("shared_bytes") = usual.shared_bytes, py::arg("block_clocks") = usual.block_clocks);
   // csrc/tests: whether every check held; what failed is on standard error.
   m.def("self_test", [] {
     testing::test_emulator();

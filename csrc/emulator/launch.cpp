@@ -16,7 +16,7 @@ struct Device {
   Counters counters;
   StackPool stacks;
   uint64_t seed = 1;
-  int capability = 80;
+  Traits traits;
   std::string fault;
 };
 
@@ -32,8 +32,8 @@ void add_buffer(const void* base, int64_t bytes, bool writable, const std::strin
 }
 void remove_buffer(const void* base) { device().global.remove(base); }
 void set_seed(uint64_t seed) { device().seed = seed; }
-void set_capability(int capability) { device().capability = capability; }
-int capability() { return device().capability; }
+void set_traits(const Traits& traits) { device().traits = traits; }
+const Traits& traits() { return device().traits; }
 
 std::vector<LineCount> take_counts() {
   std::vector<LineCount> lines = device().counters.lines();

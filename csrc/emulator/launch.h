@@ -17,9 +17,13 @@ void remove_buffer(const void* base);
 // The order in which threads and blocks run. Every fault's report ends with it.
 void set_seed(uint64_t seed);
 
-// The compute capability that kernels are chosen for: 80 at first, or 90, ...
-void set_capability(int capability);
-int capability();
+// What kernels are chosen for, and launches are cut to. Few processors at first, so that small tests have blocks
+// that walk on and blocks that meet; and splits cost nothing (block_clocks), so that small products are split.
+struct Traits {
+  int capability = 80, processors = 3, shared_bytes = 227 << 10, block_clocks = 0;
+};
+void set_traits(const Traits& traits);
+const Traits& traits();
 
 // Counts of every launch since the last call.
 std::vector<LineCount> take_counts();

@@ -148,7 +148,7 @@ struct Reference {
 
 void linear_case(const Case& c, Rng& rng) {
   label("nf4_linear", c);
-  emulator::set_capability(c.capability);
+  emulator::set_traits({.capability = c.capability});
   emulator::set_seed(rng.next());
   SharedWeight weight(c, rng);
   const Maybe x = input(true, c, rng, c.m * c.k, c.dtype, 1.0f, "x");
@@ -215,7 +215,7 @@ void compare_gram(const Case& c, const Shared& tall, const Shared& small, const 
 
 void grad_input_case(const Case& c, Rng& rng) {
   label("nf4_linear_grad_input", c);
-  emulator::set_capability(c.capability);
+  emulator::set_traits({.capability = c.capability});
   emulator::set_seed(rng.next());
   SharedWeight weight(c, rng);
   const Maybe dy = input(true, c, rng, c.m * c.n, c.dtype, 1.0f, "dy");

@@ -44,8 +44,8 @@ struct Nf4DequantizeCudaArgs {
 };
 Status nf4_dequantize_cuda(const Nf4DequantizeCudaArgs& args);
 
-// How the layer's product is made. csrc/cuda/nf4_linear.cu chooses by shape and device, or takes the one it is
-// given where that can do the call.
+// How the layer's product is made. csrc/cuda/nf4_linear_plan.cu chooses by shape and device, or takes the one it
+// is given where that can do the call.
 enum class CudaRoute : int32_t {
   kAuto = -1,
   kDense = 0,      // no kernel here: the caller dequantises W, in slabs, and multiplies
@@ -53,6 +53,14 @@ enum class CudaRoute : int32_t {
   kTile = 2,       // tiles by mma.sync; any shape
   kWarpgroup = 3,  // tiles by wgmma, sm_90a
 };
+
+struct CudaPlan {
+  CudaRoute route;
+  int32_t columns, splits;  // of a tile, in the kernel's own measure; of the contraction
+};
+// What a call on the current device would take, of operands in whole vectors.
+CudaPlan nf4_linear_cuda_plan(bool grad_input, int64_t m, int64_t n, int64_t k, int64_t r, int64_t blocksize,
+                              DType dtype, CudaRoute route);
 
 struct Nf4LinearCudaArgs {
   Nf4LinearArgs call;  // u may be null where lora_a is given: then it is not kept
