@@ -40,8 +40,9 @@ const DeviceTraits* device_traits() {
 
 // Few processors, so that small tests have blocks that walk on and blocks that meet.
 const DeviceTraits* device_traits() {
-  static DeviceTraits traits{.capability = 80, .processors = 3, .shared_bytes = 227 << 10};
+  static DeviceTraits traits{.capability = 80, .processors = 3, .shared_bytes = 0};
   traits.capability = emulator::capability();
+  traits.shared_bytes = static_cast<int>(emulator::shared_limit());
   return &traits;
 }
 

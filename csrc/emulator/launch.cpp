@@ -1,5 +1,6 @@
 #include "launch.h"
 
+#include <regex>
 #include <utility>
 
 #include "machine.h"
@@ -7,9 +8,7 @@
 namespace fastlora::emulator {
 namespace {
 
-// Limits that hold on every architecture the kernels are built for.
 constexpr int kMaxThreads = 1024;
-constexpr int64_t kMaxSharedBytes = 227 << 10;
 
 struct Device {
   GlobalMemory global;
@@ -18,6 +17,8 @@ struct Device {
   uint64_t seed = 1;
   int capability = 80;
   std::string fault;
+  bool lists = false, runs = true;
+  std::vector<Launched> launches;
 };
 
 Device& device() {
@@ -35,6 +36,27 @@ void set_seed(uint64_t seed) { device().seed = seed; }
 void set_capability(int capability) { device().capability = capability; }
 int capability() { return device().capability; }
 
+int64_t shared_limit() {
+  switch (device().capability) {
+    case 80: return 163 << 10;
+    case 86:
+    case 89:
+    case 120: return 99 << 10;
+    default: return 227 << 10;
+  }
+}
+
+void list_launches(bool run) {
+  device().lists = true;
+  device().runs = run;
+}
+
+std::vector<Launched> take_launches() {
+  device().lists = false;
+  device().runs = true;
+  return std::exchange(device().launches, {});
+}
+
 std::vector<LineCount> take_counts() {
   std::vector<LineCount> lines = device().counters.lines();
   device().counters = {};
@@ -47,9 +69,13 @@ bool launch(const char* kernel, const int (&grid)[3], int threads, int64_t share
             bool overlaps, const std::function<void()>& body) {
   Device& d = device();
   if (!d.fault.empty()) return false;
+  if (d.lists) {
+    d.launches.push_back({kernel, {grid[0], grid[1], grid[2]}, threads, shared_bytes, cooperative, overlaps});
+  }
+  if (!d.runs) return true;
   try {
-    if (threads < 1 || threads > kMaxThreads || shared_bytes < 0 || shared_bytes > kMaxSharedBytes ||
-        grid[0] < 1 || grid[1] < 1 || grid[2] < 1 || grid[1] > 65535 || grid[2] > 65535) {
+    if (threads < 1 || threads > kMaxThreads || shared_bytes < 0 || shared_bytes > shared_limit() || grid[0] < 1 ||
+        grid[1] < 1 || grid[2] < 1 || grid[1] > 65535 || grid[2] > 65535) {
       throw Fault{std::string("kernel ") + kernel + ": no device launches " + std::to_string(threads) +
                   " threads with " + std::to_string(shared_bytes) + " bytes of shared memory on a grid of " +
                   std::to_string(grid[0]) + " x " + std::to_string(grid[1]) + " x " + std::to_string(grid[2])};
@@ -62,6 +88,13 @@ bool launch(const char* kernel, const int (&grid)[3], int threads, int64_t share
     return false;
   }
   return true;
+}
+
+std::string kernel_name(const char* pretty) {
+  const std::string text = pretty;
+  const size_t begin = text.find("kKernel = ") + 10;
+  static const std::regex spaces(R"((\w+|\{anonymous\}|<unnamed>|\(anonymous namespace\))::|^&)");
+  return std::regex_replace(text.substr(begin, text.rfind(']') - begin), spaces, "");
 }
 
 }  // namespace fastlora::emulator

@@ -1,6 +1,7 @@
 // Launching a kernel on the emulated device, and what a test may ask of it.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -17,12 +18,26 @@ void remove_buffer(const void* base);
 // The order in which threads and blocks run. Every fault's report ends with it.
 void set_seed(uint64_t seed);
 
-// The compute capability that kernels are chosen for: 80 at first, or 90, ...
+// The compute capability that kernels are chosen for: 80 at first, or 90, ...; and the shared memory that a block
+// may have there.
 void set_capability(int capability);
 int capability();
+int64_t shared_limit();
 
 // Counts of every launch since the last call.
 std::vector<LineCount> take_counts();
+
+// What was launched, and how.
+struct Launched {
+  std::string kernel;
+  std::array<int, 3> grid;
+  int threads;
+  int64_t shared_bytes;
+  bool cooperative, overlaps;
+};
+// From now on launches are listed; unless `run`, that is all that happens. Until the list is taken.
+void list_launches(bool run);
+std::vector<Launched> take_launches();
 
 // Runs body() as every thread of the grid; if it overlaps, as one that may have begun before all launches since
 // the last that does not have ended. False after a fault: take_fault() tells, and no launch runs until it has been
@@ -30,5 +45,15 @@ std::vector<LineCount> take_counts();
 bool launch(const char* kernel, const int (&grid)[3], int threads, int64_t shared_bytes, bool cooperative,
             bool overlaps, const std::function<void()>& body);
 std::string take_fault();
+
+// `pretty` is the compiler's own name of a function with a template argument kKernel: that argument without
+// namespaces, nf4_linear_tile<kBFloat16, 2, kSums>.
+std::string kernel_name(const char* pretty);
+
+template <auto kKernel>
+const char* name_of() {
+  static const std::string name = kernel_name(__PRETTY_FUNCTION__);
+  return name.c_str();
+}
 
 }  // namespace fastlora::emulator
