@@ -12,6 +12,7 @@ LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
 FORMAT_LEVELS = LEVELS[:3]
 DEVICES = ("cuda_emulated", "cuda")
 LINEAR_DEVICES = (*devices.EMULATED, "cuda")
+LAYER_DEVICES = ("cpu", *LINEAR_DEVICES)
 
 
 @pytest.fixture(params=LEVELS)
@@ -28,6 +29,16 @@ def linear_isa(request):
             yield request.param
     else:
         yield from _forced(request)
+
+
+@pytest.fixture(params=LAYER_DEVICES)
+def layer_device(request):
+    """The CPU, at whatever level it has, and the devices: for what is built on the ops."""
+    if request.param == "cpu":
+        yield request.param
+    else:
+        with devices.device(request.param):
+            yield request.param
 
 
 @pytest.fixture(params=FORMAT_LEVELS + DEVICES)

@@ -22,16 +22,6 @@ def test_a_build_without_cuda_says_how_to_get_it():
         ops.CUDA_OPS["nf4_quantize"](NotBuilt(), torch.randn(64), 64, True, True)
 
 
-def test_an_op_without_a_cuda_kernel_says_so():
-    class Built(cuda.Device):
-        kernels = object()
-
-    op = "lora_dropout"
-    message = f"{op}: expected CPU tensors, got CUDA ones, for which this op has no kernel yet"
-    with pytest.raises(RuntimeError, match=message):
-        ops.CUDA_OPS[op](Built(), torch.randn(4), torch.tensor(1), 0.5)
-
-
 @needs_device
 def test_a_graph_replays_on_new_weights():
     weight = torch.randn(512, 512, device="cuda", dtype=torch.bfloat16)

@@ -125,5 +125,6 @@ int resident_blocks(void (*)(Args), int, int) {
     return ::fastlora::cuda::launch(#kernel, kernel, shape, args, stream, raised); \
   }()
 #else
-#define FASTLORA_LAUNCH(kernel, shape, args, stream) ::fastlora::cuda::launch(#kernel, kernel, shape, args, stream)
+#define FASTLORA_LAUNCH(kernel, shape, args, stream) \
+  ::fastlora::cuda::launch(::fastlora::emulator::name_of<kernel>(), kernel, shape, args, stream)
 #endif

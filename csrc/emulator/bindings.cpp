@@ -24,6 +24,16 @@ PYBIND11_MODULE(_emulator, m) {
       },
       py::arg("capability") = usual.capability, py::arg("processors") = usual.processors,
       py::arg("shared_bytes") = usual.shared_bytes, py::arg("block_clocks") = usual.block_clocks);
+  // (kernel, grid, threads, shared bytes, cooperative, overlaps) of every launch since list_launches(run).
+  m.def("list_launches", &emulator::list_launches);
+  m.def("take_launches", [] {
+    py::list all;
+    for (const emulator::Launched& it : emulator::take_launches()) {
+      all.append(py::make_tuple(it.kernel, py::make_tuple(it.grid[0], it.grid[1], it.grid[2]), it.threads,
+                                it.shared_bytes, it.cooperative, it.overlaps));
+    }
+    return all;
+  });
   // csrc/tests: whether every check held; what failed is on standard error.
   m.def("self_test", [] {
     testing::test_emulator();

@@ -1,5 +1,6 @@
 #include "launch.h"
 
+#include <regex>
 #include <utility>
 
 #include "machine.h"
@@ -7,9 +8,17 @@
 namespace fastlora::emulator {
 namespace {
 
-// Limits that hold on every architecture the kernels are built for.
 constexpr int kMaxThreads = 1024;
-constexpr int64_t kMaxSharedBytes = 227 << 10;
+
+int shared_limit(int capability) {
+  switch (capability) {
+    case 80: return 163 << 10;
+    case 86:
+    case 89:
+    case 120: return 99 << 10;
+    default: return 227 << 10;
+  }
+}
 
 struct Device {
   GlobalMemory global;
@@ -18,6 +27,8 @@ struct Device {
   uint64_t seed = 1;
   Traits traits;
   std::string fault;
+  bool lists = false, runs = true;
+  std::vector<Launched> launches;
 };
 
 Device& device() {
@@ -32,8 +43,25 @@ void add_buffer(const void* base, int64_t bytes, bool writable, const std::strin
 }
 void remove_buffer(const void* base) { device().global.remove(base); }
 void set_seed(uint64_t seed) { device().seed = seed; }
-void set_traits(const Traits& traits) { device().traits = traits; }
-const Traits& traits() { return device().traits; }
+void set_traits(Traits traits) {
+  if (traits.shared_bytes == 0) traits.shared_bytes = shared_limit(traits.capability);
+  device().traits = traits;
+}
+const Traits& traits() {
+  if (device().traits.shared_bytes == 0) set_traits(device().traits);
+  return device().traits;
+}
+
+void list_launches(bool run) {
+  device().lists = true;
+  device().runs = run;
+}
+
+std::vector<Launched> take_launches() {
+  device().lists = false;
+  device().runs = true;
+  return std::exchange(device().launches, {});
+}
 
 std::vector<LineCount> take_counts() {
   std::vector<LineCount> lines = device().counters.lines();
@@ -47,9 +75,13 @@ bool launch(const char* kernel, const int (&grid)[3], int threads, int64_t share
             bool overlaps, const std::function<void()>& body) {
   Device& d = device();
   if (!d.fault.empty()) return false;
+  if (d.lists) {
+    d.launches.push_back({kernel, {grid[0], grid[1], grid[2]}, threads, shared_bytes, cooperative, overlaps});
+  }
+  if (!d.runs) return true;
   try {
-    if (threads < 1 || threads > kMaxThreads || shared_bytes < 0 || shared_bytes > kMaxSharedBytes ||
-        grid[0] < 1 || grid[1] < 1 || grid[2] < 1 || grid[1] > 65535 || grid[2] > 65535) {
+    if (threads < 1 || threads > kMaxThreads || shared_bytes < 0 || shared_bytes > traits().shared_bytes || grid[0] < 1 ||
+        grid[1] < 1 || grid[2] < 1 || grid[1] > 65535 || grid[2] > 65535) {
       throw Fault{std::string("kernel ") + kernel + ": no device launches " + std::to_string(threads) +
                   " threads with " + std::to_string(shared_bytes) + " bytes of shared memory on a grid of " +
                   std::to_string(grid[0]) + " x " + std::to_string(grid[1]) + " x " + std::to_string(grid[2])};
@@ -62,6 +94,13 @@ bool launch(const char* kernel, const int (&grid)[3], int threads, int64_t share
     return false;
   }
   return true;
+}
+
+std::string kernel_name(const char* pretty) {
+  const std::string text = pretty;
+  const size_t begin = text.find("kKernel = ") + 10;
+  static const std::regex spaces(R"((\w+|\{anonymous\}|<unnamed>|\(anonymous namespace\))::|^&)");
+  return std::regex_replace(text.substr(begin, text.rfind(']') - begin), spaces, "");
 }
 
 }  // namespace fastlora::emulator

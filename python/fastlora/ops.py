@@ -58,7 +58,7 @@ def define(
     schema: str,
     outputs: Callable[..., Outputs],
     kernel: Callable[..., int],
-    cuda_kernel: Callable[..., int] | None = None,
+    cuda_kernel: Callable[..., int],
 ) -> None:
     """Register an op. `kernel` gets the arguments, tensors made contiguous, then the outputs, and returns a
     status; `cuda_kernel` gets a cuda.Device first."""
@@ -92,10 +92,6 @@ def define(
                 f"{op}: expected CPU tensors, got CUDA ones; this build of fastlora holds no CUDA kernels: "
                 "install nvcc (pip install nvidia-cuda-nvcc nvidia-cuda-cccl) and build it again "
                 "(`python -m fastlora info` says what was built)"
-            )
-        if cuda_kernel is None:
-            raise RuntimeError(
-                f"{op}: expected CPU tensors, got CUDA ones, for which this op has no kernel yet"
             )
         return run(partial(cuda_kernel, device), args[0].device, args)
 
