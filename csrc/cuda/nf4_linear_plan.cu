@@ -46,16 +46,23 @@ bool is_ragged(const Shape& s) {
 // ---- tiles and splits ---------------------------------------------------------------------------------------
 
 // What a block takes for one step of the contraction, in clocks, by its tile's 8 * `columns` (or, with warpgroups,
-// `columns`) rows of x: the larger of what its tensor instructions and its shared-memory wavefronts take, as
-// docs/cuda_kernels.md counts them. Not yet measured.
+// `columns`) rows of x: what passes between shared memory and registers, or the instructions it issues, whichever
+// takes longer, as docs/cuda_kernels.md counts them. Its tensor instructions may take longer still.
 struct TileCost {
   int columns, clocks;
 };
 constexpr int kTileSteps = 128, kWarpgroupSteps = 64;
-constexpr TileCost kForwardTiles[] = {{2, 640}, {4, 760}, {8, 1160}, {12, 1640}};
-constexpr TileCost kGradInputTiles[] = {{1, 700}, {2, 760}, {4, 1000}, {8, 1500}};
-constexpr TileCost kForwardGroups[] = {{16, 330}, {32, 345}, {64, 400}, {128, 680}, {256, 1060}};
-constexpr TileCost kGradInputGroups[] = {{16, 480}, {32, 500}, {64, 540}, {128, 810}, {256, 1190}};
+constexpr TileCost kForwardTiles[] = {{2, 630}, {4, 785}, {8, 1140}, {12, 1460}};
+constexpr TileCost kGradInputTiles[] = {{1, 740}, {2, 750}, {4, 800}, {8, 880}};
+constexpr TileCost kForwardGroups[] = {{16, 375}, {32, 420}, {64, 520}, {128, 710}, {256, 1095}};
+constexpr TileCost kGradInputGroups[] = {{16, 490}, {32, 540}, {64, 635}, {128, 825}, {256, 1210}};
+
+// Multiply-adds of 16-bit floats a clock of a processor. GeForce devices have half of it from 86 on.
+int tensor_rate(int capability, CudaRoute route) {
+  if (route == CudaRoute::kWarpgroup) return 2048;
+  return capability == 80 || (capability >= 90 && capability < 120) ? 1024 : 512;
+}
+
 constexpr int kRaggedColumns[] = {2, 8};
 // What a launch that adds parts moves through the L2 cache in a clock.
 constexpr int64_t kL2Bytes = 3000;
@@ -66,11 +73,14 @@ struct Tiling {
 };
 
 // The better of `best` and tiles of `columns` (8 * columns, or columns rows of x) with the best number of splits.
-void consider(Tiling& best, const Shape& s, const DeviceTraits& traits, const TileCost& tile, int rows, int step) {
+void consider(Tiling& best, const Shape& s, const DeviceTraits& traits, const TileCost& tile, int rows, int step,
+              int rate) {
   const int64_t blocks = ceil_div(s.m, rows) * ceil_div(s.outer, 128), steps = ceil_div(s.contraction, step);
+  const int tensor_clocks = 128 * rows * step / rate;
+  const int step_clocks = tile.clocks > tensor_clocks ? tile.clocks : tensor_clocks;
   for (int splits = 1; splits <= 16 && splits <= steps; ++splits) {
     const int64_t waves = ceil_div(blocks * splits, traits.processors);
-    int64_t clocks = waves * (ceil_div(steps, splits) * tile.clocks + traits.block_clocks);
+    int64_t clocks = waves * (ceil_div(steps, splits) * step_clocks + traits.block_clocks);
     if (splits > 1) clocks += traits.block_clocks + 8 * splits * s.m * s.outer / kL2Bytes;
     if (best.columns == 0 || clocks < best.clocks) best = {tile.columns, splits, clocks};
   }
@@ -78,9 +88,10 @@ void consider(Tiling& best, const Shape& s, const DeviceTraits& traits, const Ti
 
 Tiling best_tiling(const Shape& s, bool ragged, CudaRoute route, const DeviceTraits& traits) {
   Tiling best;
+  const int rate = tensor_rate(traits.capability, route);
   if (route == CudaRoute::kWarpgroup) {
     for (const TileCost& tile : s.grad ? kGradInputGroups : kForwardGroups) {
-      consider(best, s, traits, tile, tile.columns, kWarpgroupSteps);
+      consider(best, s, traits, tile, tile.columns, kWarpgroupSteps, rate);
     }
     return best;
   }
@@ -88,7 +99,7 @@ Tiling best_tiling(const Shape& s, bool ragged, CudaRoute route, const DeviceTra
     const bool there = !ragged || tile.columns == kRaggedColumns[0] || tile.columns == kRaggedColumns[1];
     const int bytes = s.grad ? grad_input_tile_shared_bytes(tile.columns, s.weight->blocksize)
                              : tile_shared_bytes(tile.columns, s.weight->blocksize);
-    if (there && bytes <= traits.shared_bytes) consider(best, s, traits, tile, 8 * tile.columns, kTileSteps);
+    if (there && bytes <= traits.shared_bytes) consider(best, s, traits, tile, 8 * tile.columns, kTileSteps, rate);
   }
   return best;
 }

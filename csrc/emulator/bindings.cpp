@@ -34,6 +34,16 @@ PYBIND11_MODULE(_emulator, m) {
     }
     return all;
   });
+  // (file, line, access, instructions, bytes, cost, least) of every line since the last call.
+  m.def("take_counts", [] {
+    constexpr const char* kAccess[] = {"global load", "global store", "shared load", "shared store"};
+    py::list all;
+    for (const emulator::LineCount& it : emulator::take_counts()) {
+      all.append(py::make_tuple(it.file, it.line, kAccess[static_cast<int>(it.access)], it.instructions, it.bytes,
+                                it.cost, it.least));
+    }
+    return all;
+  });
   // csrc/tests: whether every check held; what failed is on standard error.
   m.def("self_test", [] {
     testing::test_emulator();
