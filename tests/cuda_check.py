@@ -31,6 +31,7 @@ BEGIN, END = "<!-- make cuda-check: begin -->", "<!-- make cuda-check: end -->"
 # kernel -> instructions it must hold (prefixes of SASS mnemonics).
 EXPECTED = {
     "dequantize_flat": ["STG.E.128"],
+    "nf4_slab<true>": ["STG.E.128"],
     "quantize<kAligned>": ["LDG.E.128"],
 }
 LOCAL_MEMORY = ("LDL", "STL")
