@@ -116,11 +116,13 @@ auto bind_nf4_linear_grad_input(uintptr_t dy, uintptr_t packed, uintptr_t scales
   return static_cast<int64_t>(kRun(args));
 }
 
-int32_t bind_lora_project(uintptr_t x, uintptr_t a, uintptr_t u, int64_t m, int64_t k, int64_t r, int32_t dtype,
-                          int32_t a_dtype, uintptr_t stream) {
+int32_t bind_lora_project(uintptr_t x, uintptr_t a, uintptr_t u, uintptr_t wide, bool ones, int64_t m, int64_t k,
+                          int64_t r, int32_t dtype, int32_t a_dtype, uintptr_t stream) {
   return static_cast<int32_t>(lora_project_cuda({.x = at<const void>(x),
                                                  .a = at<const void>(a),
                                                  .u = at<void>(u),
+                                                 .wide = at<void>(wide),
+                                                 .ones = ones,
                                                  .m = m,
                                                  .k = k,
                                                  .r = r,
@@ -131,13 +133,14 @@ int32_t bind_lora_project(uintptr_t x, uintptr_t a, uintptr_t u, int64_t m, int6
 
 template <auto kRun>
 auto bind_lora_gradients(uintptr_t tall, uintptr_t narrow, uintptr_t factor, uintptr_t product, uintptr_t gram,
-                         uintptr_t scratch, int64_t m, int64_t width, int64_t r, double scaling, bool rank_major,
-                         int32_t dtype, int32_t lora_dtype, uintptr_t stream) {
+                         uintptr_t wide, uintptr_t scratch, int64_t m, int64_t width, int64_t r, double scaling,
+                         bool rank_major, int32_t dtype, int32_t lora_dtype, uintptr_t stream) {
   const LoraGradientsCudaArgs args{.tall = at<const void>(tall),
                                    .small = at<const void>(narrow),
                                    .factor = at<const void>(factor),
                                    .product = at<void>(product),
                                    .gram = at<void>(gram),
+                                   .wide = at<void>(wide),
                                    .m = m,
                                    .width = width,
                                    .r = r,

@@ -245,6 +245,7 @@ void thin_case(const Case& c, bool rank_major, bool product, Rng& rng) {
                              .factor = address(factor),
                              .product = address(out),
                              .gram = gram.data(),
+                             .wide = nullptr,
                              .m = c.m,
                              .width = c.n,
                              .r = c.r,

@@ -27,5 +27,6 @@ void test_warpgroup();
 void test_cuda_kernels();
 void test_cuda_linear();
 void test_cuda_slab();
+void test_cuda_wide();
 
 }  // namespace fastlora::testing

@@ -111,7 +111,9 @@ Status nf4_linear_grad_input_cuda(const Nf4LinearGradInputCudaArgs& args);
 struct LoraProjectCudaArgs {
   const void* x;  // (m, k), dtype (16-bit)
   const void* a;  // (r, k), a_dtype
-  void* u;        // (m, r), dtype, out
+  void* u;        // (m, r), dtype, out; may be null with
+  void* wide;     // (m, wide_size(k, r, ones)), dtype, out, aligned to 16: x widened by u; or null
+  bool ones;
   int64_t m, k, r;
   DType dtype, a_dtype;
   void* stream;
@@ -127,6 +129,8 @@ struct LoraGradientsCudaArgs {
   const void* factor;  // (width, r), lora_dtype; null without product
   void* product;       // (m, r), dtype, out, or null
   void* gram;          // (width, r), or (r, width) with rank_major, lora_dtype, out, or null
+  void* wide;          // (m, wide_size(width, r, false)), dtype, out, aligned to 16: tall widened by the product,
+                       // which must be wanted; or null
   int64_t m, width, r;
   float scaling;
   bool rank_major;
