@@ -40,6 +40,28 @@ int32_t bind_nf4_dequantize(uintptr_t packed, uintptr_t scales, uintptr_t nested
                                                    .stream = at<void>(stream)}));
 }
 
+int32_t bind_nf4_slab(uintptr_t packed, uintptr_t scales, uintptr_t nested, uintptr_t map, uintptr_t factor,
+                      uintptr_t bias, uintptr_t out, int32_t dtype, int32_t lora_dtype, int64_t n, int64_t k,
+                      int64_t blocksize, int64_t first_row, int64_t rows, int64_t first_column, int64_t columns,
+                      int64_t out_stride, int64_t r, double scaling, bool below, uintptr_t stream) {
+  return static_cast<int32_t>(nf4_slab_cuda({.weight = weight_at(packed, scales, nested, n, k, blocksize),
+                                             .first_row = first_row,
+                                             .rows = rows,
+                                             .first_column = first_column,
+                                             .columns = columns,
+                                             .map = at<const float>(map),
+                                             .out = at<void>(out),
+                                             .out_stride = out_stride,
+                                             .factor = at<const void>(factor),
+                                             .bias = at<const void>(bias),
+                                             .r = r,
+                                             .scaling = static_cast<float>(scaling),
+                                             .below = below,
+                                             .dtype = static_cast<DType>(dtype),
+                                             .lora_dtype = static_cast<DType>(lora_dtype),
+                                             .stream = at<void>(stream)}));
+}
+
 // Both calls of an op whose scratch the caller brings take the same arguments: the one that asks for its size, and
 // the one that runs.
 template <auto kRun>
@@ -101,11 +123,13 @@ py::tuple bind_nf4_linear_plan(bool grad_input, int64_t m, int64_t n, int64_t k,
   return py::make_tuple(static_cast<int32_t>(plan.route), plan.columns, plan.splits);
 }
 
-int32_t bind_lora_project(uintptr_t x, uintptr_t a, uintptr_t u, int64_t m, int64_t k, int64_t r, int32_t dtype,
-                          int32_t a_dtype, uintptr_t stream) {
+int32_t bind_lora_project(uintptr_t x, uintptr_t a, uintptr_t u, uintptr_t wide, bool ones, int64_t m, int64_t k,
+                          int64_t r, int32_t dtype, int32_t a_dtype, uintptr_t stream) {
   return static_cast<int32_t>(lora_project_cuda({.x = at<const void>(x),
                                                  .a = at<const void>(a),
                                                  .u = at<void>(u),
+                                                 .wide = at<void>(wide),
+                                                 .ones = ones,
                                                  .m = m,
                                                  .k = k,
                                                  .r = r,
@@ -116,13 +140,14 @@ int32_t bind_lora_project(uintptr_t x, uintptr_t a, uintptr_t u, int64_t m, int6
 
 template <auto kRun>
 auto bind_lora_gradients(uintptr_t tall, uintptr_t narrow, uintptr_t factor, uintptr_t product, uintptr_t gram,
-                         uintptr_t scratch, int64_t m, int64_t width, int64_t r, double scaling, bool rank_major,
-                         int32_t dtype, int32_t lora_dtype, uintptr_t stream) {
+                         uintptr_t wide, uintptr_t scratch, int64_t m, int64_t width, int64_t r, double scaling,
+                         bool rank_major, int32_t dtype, int32_t lora_dtype, uintptr_t stream) {
   const LoraGradientsCudaArgs args{.tall = at<const void>(tall),
                                    .small = at<const void>(narrow),
                                    .factor = at<const void>(factor),
                                    .product = at<void>(product),
                                    .gram = at<void>(gram),
+                                   .wide = at<void>(wide),
                                    .m = m,
                                    .width = width,
                                    .r = r,
@@ -151,6 +176,7 @@ int32_t bind_lora_dropout(uintptr_t x, uintptr_t seed, uintptr_t out, int64_t co
 void bind_cuda(py::module_& m) {
   m.def("nf4_quantize", &bind_nf4_quantize);
   m.def("nf4_dequantize", &bind_nf4_dequantize);
+  m.def("nf4_slab", &bind_nf4_slab);
   m.def("nf4_linear_scratch", &bind_nf4_linear<nf4_linear_cuda_scratch>);
   m.def("nf4_linear", &bind_nf4_linear<nf4_linear_cuda>);
   m.def("nf4_linear_grad_input_scratch", &bind_nf4_linear_grad_input<nf4_linear_grad_input_cuda_scratch>);
@@ -160,6 +186,8 @@ void bind_cuda(py::module_& m) {
   m.def("lora_gradients_scratch", &bind_lora_gradients<lora_gradients_cuda_scratch>);
   m.def("lora_gradients", &bind_lora_gradients<lora_gradients_cuda>);
   m.def("lora_dropout", &bind_lora_dropout);
+  m.def("wide_rank_at", &wide_rank_at);
+  m.def("wide_size", &wide_size);
   m.def("device_count", &cuda_device_count);
   m.def("error", [] { return std::string(cuda_error()); });
   m.attr("quantize_partials") = kQuantizePartials;

@@ -14,8 +14,8 @@ import devices
 import torch
 from torch import Tensor
 
-from fastlora import _emulator, checks, cuda, cuda_linear, ops
-from fastlora.checks import Packed
+from fastlora import _emulator, checks, cuda, cuda_dense, cuda_linear, ops
+from fastlora.checks import DTYPE_CODE, Packed
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,12 @@ def _call_format(device: cuda.Device, dtype: torch.dtype) -> None:
         weight = torch.zeros(rows * cols + start, dtype=dtype)[start:].reshape(rows, cols)
         ops.CUDA_OPS["nf4_quantize"](device, weight, 64, True, False)
     for cols, wanted in ((64, 64), (128, 64), (33, 33)):
-        out = torch.zeros(4, wanted, dtype=dtype)
-        cuda_linear._dequantize(device, blank_weight(4, cols), cols, (0, 4), (0, wanted), out)
+        out, weight = torch.zeros(4, wanted, dtype=dtype), blank_weight(4, cols)
+        window = (4, cols, 64, 0, 4, 0, wanted)
+        device.call("nf4_dequantize", cuda.parts(weight), (out,), DTYPE_CODE[dtype], *window)
+        cuda_dense._fill_slab(
+            device, weight, cols, (0, 4), (0, wanted), out, None, None, 1.0, below=False
+        )
 
 
 def _call_dropout(device: cuda.Device, dtype: torch.dtype) -> None:
@@ -99,7 +103,7 @@ def launches_on(arch: str) -> dict[str, set[Launch]]:
     _emulator.set_traits(capability=int(arch.rstrip("af")))
     try:
         with listed(run=False) as launches:
-            for dtype in checks.DTYPE_CODE:
+            for dtype in DTYPE_CODE:
                 _call_format(device, dtype)
                 _call_dropout(device, dtype)
                 if dtype is not torch.float32:  # whose products are torch's

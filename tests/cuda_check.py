@@ -37,6 +37,7 @@ CSRC = ROOT / "csrc"
 OF_MATRICES = r"(nf4_linear_(decode|tile|grad_input_tile)|lora_(project|gradients))<"
 EXPECTED = (
     (r"dequantize_flat<", r"STG\.E\.128"),
+    (r"nf4_slab<true>", r"STG\.E\.128"),
     (r"quantize<\w+, kAligned>", r"LDG\.E\.128"),
     (r"(nf4_linear_decode|lora_project)<", r"LDG\.E\.128"),
     (OF_MATRICES + "kBFloat16", r"HMMA\.16816\.F32\.BF16"),

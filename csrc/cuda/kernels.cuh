@@ -30,13 +30,25 @@ Status launch_nf4_linear_sm90(const ProductArgs& args, DType dtype, int columns,
 // out = the sum of product.parts over its splits, plus the bias.
 Status launch_split_sum(const ProductArgs& product, void* out, int width, DType dtype, void* stream);
 
+// The copy of an operand (m, inner) that is widened by u or v: see wide_size() in cuda.h.
+struct Wide {
+  uint16_t* rows;  // (m, size), the operand's dtype; null: none is wanted
+  int size, rank_at, r;
+};
+inline Wide wide_of(void* rows, int64_t inner, int64_t r, bool ones) {
+  return {static_cast<uint16_t*>(rows), static_cast<int>(wide_size(inner, r, ones)),
+          static_cast<int>(wide_rank_at(inner)), static_cast<int>(r)};
+}
+
 struct ProjectArgs {
   const void* x;  // (m, k), 16-bit
   const void* a;  // (r, k), a_dtype
-  void* u;        // (m, r), x's dtype; or null, and
+  void* u;        // (m, r), x's dtype; or null, and, where nothing is widened either,
   float* parts;   // (splits, m, r)
+  Wide wide;      // x widened by u: with one split
   int m, k, r;
   int splits;  // of k
+  bool ones;   // one more column of `wide`, for the bias
   DType a_dtype;
   bool x_vectors, a_vectors;  // rows of them are whole 16-byte vectors, at such addresses
 };
@@ -57,6 +69,7 @@ int grad_input_tile_shared_bytes(int columns, int64_t blocksize);
 struct PartSum {
   const float* parts;
   void* out;
+  Wide wide;  // where they are written once more, with the zeros behind them
   int64_t count;
   int splits;
   float scaling;

@@ -6,6 +6,9 @@
 // tiles of 64 rows by 128 columns, which cp.async brings. From a tile in shared memory the product takes its left
 // operands as it lies, and the Gram matrix by ldmatrix's transposition. Sums over rows stay in registers to the
 // end, sums over columns for 64 rows; both are parts, float32, which lora_sum adds in order.
+//
+// A tile in shared memory is also the cheapest place to take the widened copy of dy from, for the dense route
+// (cuda.h): written here but for v, which lora_sum brings.
 #include "kernels.cuh"
 #include "launch.cuh"
 #include "nf4_linear.cuh"
@@ -25,6 +28,7 @@ struct ThinArgs {
   const void* factor;    // (width, r), factor_dtype
   float* product_parts;  // (blocks along width, m, r), or null
   float* gram_parts;     // (blocks along m, width, r), or (.., r, width) with rank_major, or null
+  Wide wide;             // tall, and zeros to the ranks
   int m, width, r;
   int row_share;  // rows that one block goes through, a multiple of 64
   DType factor_dtype;
@@ -92,6 +96,20 @@ struct Gradients {
       }
     }
     copy_async_commit();
+  }
+
+  // What copy_tile brought, once it is there. An octet that begins inside has zeros behind the width.
+  FASTLORA_DEVICE void widen_tile(int index) const {
+    const int row = begin + index / kSubs<kTiles> * kRows,
+              column = first_column + index % kSubs<kTiles> * kColumns;
+    FASTLORA_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      const int i = thread_index() + kThreads * j, r = row + i / 16, c = column + i % 16 * 8;
+      if (r >= end || c >= args.width) continue;
+      const auto* from = shared_memory<Words4>(index % kRing * kTileBytes + tile_place(i / 16, i % 16));
+      auto* to = args.wide.rows + static_cast<int64_t>(r) * args.wide.size + c;
+      store_global(reinterpret_cast<Words4*>(to), load_shared(from));
+    }
   }
 
   // Eight ranks of a row of `small`, a thread's share of 64 rows.
@@ -241,6 +259,9 @@ struct Gradients {
         copy_async_wait<kRing - 2>();
         sync_threads();  // and all are done with the tile before, whose stage is filled next
         copy_tile(index + kRing - 1);
+        if constexpr (kProduct) {
+          if (args.wide.rows != nullptr && block_index_z() == 0) widen_tile(index);
+        }
         if constexpr (kProduct) add_product(index % kRing, sub, product);
         if constexpr (kGram) add_gram(index % kRing, turn, gram[sub]);
       }
@@ -330,7 +351,9 @@ int64_t lora_gradients_cuda_scratch(const LoraGradientsCudaArgs& a) {
 }
 
 Status lora_gradients_cuda(const LoraGradientsCudaArgs& a) {
-  if (bad(a) || (a.product == nullptr && a.gram == nullptr)) return Status::kBadArgument;
+  if (bad(a) || (a.product == nullptr && (a.gram == nullptr || a.wide != nullptr)) || !aligned(a.wide, 16)) {
+    return Status::kBadArgument;
+  }
   Parts parts;
   if (!parts_of(a, &parts)) return Status::kDeviceError;
   auto* scratch = static_cast<uint8_t*>(a.scratch);
@@ -340,6 +363,7 @@ Status lora_gradients_cuda(const LoraGradientsCudaArgs& a) {
       .factor = a.factor,
       .product_parts = a.product == nullptr ? nullptr : reinterpret_cast<float*>(scratch),
       .gram_parts = a.gram == nullptr ? nullptr : reinterpret_cast<float*>(scratch + product_bytes(a, parts)),
+      .wide = wide_of(a.wide, a.width, a.r, false),
       .m = static_cast<int>(a.m),
       .width = static_cast<int>(a.width),
       .r = static_cast<int>(a.r),
@@ -354,12 +378,14 @@ Status lora_gradients_cuda(const LoraGradientsCudaArgs& a) {
   if (status != Status::kOk) return status;
   const PartSum product{.parts = args.product_parts,
                         .out = a.product,
+                        .wide = args.wide,
                         .count = a.product == nullptr ? 0 : a.m * a.r,
                         .splits = static_cast<int>(parts.product),
                         .scaling = a.scaling,
                         .dtype = a.dtype};
   const PartSum gram{.parts = args.gram_parts,
                      .out = a.gram,
+                     .wide = {},
                      .count = a.gram == nullptr ? 0 : a.width * a.r,
                      .splits = static_cast<int>(parts.gram),
                      .scaling = a.scaling,

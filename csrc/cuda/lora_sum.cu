@@ -1,4 +1,5 @@
-// The end of the thin products: parts added in order, times the scaling, rounded once. Two results in one launch.
+// The end of the thin products: parts added in order, times the scaling, rounded once. Two results in one launch;
+// v goes into the widened copy of dy as well, which lora_gradients left without it.
 #include "kernels.cuh"
 #include "launch.cuh"
 #include "nf4_linear.cuh"
@@ -36,7 +37,15 @@ lora_sum(FASTLORA_PARAMETER SumArgs args) {
   for (int part = 0; part < result.splits; ++part) {
     sum = add(sum, load_global(result.parts + part * result.count + index));
   }
-  store_any(result.out, index, result.dtype, multiply(sum, result.scaling));
+  const float value = multiply(sum, result.scaling);
+  store_any(result.out, index, result.dtype, value);
+  const Wide& wide = result.wide;
+  if (wide.rows == nullptr) return;
+  const int64_t row = index / wide.r, rank = index - row * wide.r;
+  const int64_t at = row * wide.size + wide.rank_at + rank;
+  store_any(wide.rows, at, result.dtype, value);
+  if (rank + 1 < wide.r) return;
+  for (int64_t pad = at + 1; pad < (row + 1) * wide.size; ++pad) store_any(wide.rows, pad, result.dtype, 0.0f);
 }
 
 }  // namespace

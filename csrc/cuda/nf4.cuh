@@ -91,6 +91,11 @@ class ScaleReader {
     return multiply_add(load_shared(factors + raw.code FASTLORA_HERE), raw.value, offset_ * stretch);
   }
 
+  // absmax to the bit, as block_absmax() has it; factors without a stretch.
+  FASTLORA_DEVICE float decode_exactly(const RawScale& raw, const float* factors FASTLORA_AT) const {
+    return add(multiply(load_shared(factors + raw.code FASTLORA_HERE), raw.value), offset_);
+  }
+
  private:
   const uint8_t* codes_;
   const float* values_;

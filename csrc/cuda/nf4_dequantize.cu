@@ -5,15 +5,14 @@
 #include "fastlora/cuda.h"
 #include "kernels.cuh"
 #include "launch.cuh"
-#include "nf4.cuh"
+#include "nf4_values.cuh"
 
 namespace fastlora::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kVectors = 4;  // of a lane, under way at a time
-constexpr int kTableBytes = 16 * 32 * 4;
-constexpr int kSharedBytes = kTableBytes + 256 * 4;
+constexpr int kSharedBytes = kValueBytes + 256 * 4;
 
 struct DequantizeArgs {
   const uint8_t* packed;
@@ -23,26 +22,16 @@ struct DequantizeArgs {
   int64_t k;  // of the whole weight
   int64_t first_row, rows, first_column, columns;
   int shift;  // log2(blocksize)
-  float nf4_codes[16];
+  Nf4Values values;
 };
 
-// Eight codes of a word, the even ones in high nibbles; code i of four or eight.
-FASTLORA_DEVICE uint32_t code_of(uint32_t word, int i) {
-  return word >> (8 * (i / 2) + (i % 2 == 0 ? 4 : 0)) & 15;
-}
-
 FASTLORA_DEVICE void fill_tables(const DequantizeArgs& args) {
-  auto* table = shared_memory<float>(0);
-  auto* map = shared_memory<float>(kTableBytes);
-  for (int i = thread_index(); i < 16 * 32; i += kThreads) store_shared(table + i, args.nf4_codes[i / 32]);
+  auto* map = shared_memory<float>(kValueBytes);
+  fill_values<kThreads>(args.values);
   if (args.scales.nested != nullptr) {
     for (int i = thread_index(); i < 256; i += kThreads) store_shared(map + i, load_readonly(args.map + i));
   }
   sync_threads();
-}
-
-FASTLORA_DEVICE float value_of(uint32_t code) {
-  return load_shared(shared_memory<float>(0) + code * 32 + static_cast<uint32_t>(lane_index()));
 }
 
 // Vectors of kPerVector elements, of which none is in two rows or in two scale blocks. All columns of W (kWhole),
@@ -52,7 +41,7 @@ FASTLORA_KERNEL(kThreads, 4)
 dequantize_flat(FASTLORA_PARAMETER DequantizeArgs args) {
   using E = Element<D>;
   constexpr int kPer = E::kPerVector;
-  const auto* map = shared_memory<float>(kTableBytes);
+  const auto* map = shared_memory<float>(kValueBytes);
   fill_tables(args);
   const int64_t count = args.rows * args.columns, vectors = count / kPer;
   const int64_t begin = args.first_row * args.k;
@@ -106,7 +95,7 @@ dequantize_flat(FASTLORA_PARAMETER DequantizeArgs args) {
 template <DType D>
 FASTLORA_KERNEL(kThreads, 4)
 dequantize_ragged(FASTLORA_PARAMETER DequantizeArgs args) {
-  const auto* map = shared_memory<float>(kTableBytes);
+  const auto* map = shared_memory<float>(kValueBytes);
   fill_tables(args);
   const int64_t bytes = (args.columns + 1) / 2, row_bytes = (args.k + 1) / 2;
   const int64_t stride = static_cast<int64_t>(block_count()) * kThreads;
@@ -128,18 +117,17 @@ dequantize_ragged(FASTLORA_PARAMETER DequantizeArgs args) {
 template <DType D>
 Status dequantize(const Nf4DequantizeCudaArgs& a) {
   constexpr int kPer = Element<D>::kPerVector;
-  DequantizeArgs args{.packed = a.weight.packed,
-                      .scales = {a.weight.scales.codes, a.weight.scales.nested},
-                      .map = a.map,
-                      .out = a.out,
-                      .k = a.weight.k,
-                      .first_row = a.first_row,
-                      .rows = a.rows,
-                      .first_column = a.first_column,
-                      .columns = a.columns,
-                      .shift = __builtin_ctzll(static_cast<unsigned long long>(a.weight.blocksize)),
-                      .nf4_codes = {}};
-  for (int i = 0; i < 16; ++i) args.nf4_codes[i] = kNf4Codes[i];
+  const DequantizeArgs args{.packed = a.weight.packed,
+                            .scales = {a.weight.scales.codes, a.weight.scales.nested},
+                            .map = a.map,
+                            .out = a.out,
+                            .k = a.weight.k,
+                            .first_row = a.first_row,
+                            .rows = a.rows,
+                            .first_column = a.first_column,
+                            .columns = a.columns,
+                            .shift = __builtin_ctzll(static_cast<unsigned long long>(a.weight.blocksize)),
+                            .values = nf4_values()};
   const bool whole =
       args.columns == args.k && (args.k % 2 == 0 || a.weight.n == 1) && args.first_row * args.k % 32 == 0;
   const bool vectors = args.k % kPer == 0 && args.first_column % kPer == 0 && args.columns % kPer == 0;

@@ -34,10 +34,6 @@ const Crossovers& row_of(const Crossovers (&table)[kCount], int capability) {
   return *found;
 }
 
-bool aligned(const void* p, int bytes) {
-  return reinterpret_cast<uintptr_t>(p) % static_cast<uintptr_t>(bytes) == 0;
-}
-
 bool is_ragged(const Shape& s) {
   return s.weight->k % s.weight->blocksize != 0 || !aligned(s.weight->packed, 16) || !aligned(s.x, 16) ||
          s.contraction % 8 != 0;

@@ -6,8 +6,7 @@
 #include <vector>
 
 #include "fastlora/cuda.h"
-#include "tests/buffer.h"
-#include "tests/emulated.h"
+#include "tests/emulated_tensor.h"
 
 namespace fastlora::testing {
 namespace {
@@ -40,50 +39,16 @@ void label(const char* op, const Case& c) {
            place_name(c.place), c.capability);
 }
 
-// A tensor that kernels may read, or write.
-struct Shared {
-  Tensor tensor;
-  EmulatedBuffer registered;
-  Shared(const Case& c, int64_t count, DType dtype, bool writable, const char* name)
-      : tensor(c.place, count, dtype), registered(tensor.buffer.bytes(), tensor.buffer.size(), writable, name) {}
-  void* data() { return tensor.buffer.bytes(); }
-  double at(int64_t i) const { return static_cast<double>(tensor[i]); }
-};
-using Maybe = std::unique_ptr<Shared>;
+// One that is there or not.
+using Maybe = std::unique_ptr<EmulatedTensor>;
 
 Maybe input(bool there, const Case& c, Rng& rng, int64_t count, DType dtype, float scale, const char* name) {
   if (!there) return nullptr;
-  auto made = std::make_unique<Shared>(c, count, dtype, false, name);
+  auto made = std::make_unique<EmulatedTensor>(c.place, count, dtype, false, name);
   made->tensor.fill_normal(rng, scale);
   return made;
 }
 void* address(const Maybe& tensor) { return tensor ? tensor->data() : nullptr; }
-
-struct SharedWeight {
-  Weight weight;
-  EmulatedBuffer packed, scales, nested, map;
-  SharedWeight(const Case& c, Rng& rng)
-      : weight(c.place, rng, c.n, c.k, c.blocksize, c.nested, 4),
-        packed(weight.packed.bytes(), weight.packed.size(), false, "packed"),
-        scales(weight.scales.bytes(), weight.scales.size(), false, "scales"),
-        nested(weight.nested.bytes(), weight.nested.size(), false, "nested"),
-        map(nf4_dynamic_map(), 1024, false, "map") {}
-};
-
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes)
-      : room_(static_cast<size_t>(bytes) + 256, 0xcd),
-        registered_(data(), static_cast<size_t>(bytes), true, "scratch") {}
-  uint8_t* data() const {
-    const auto address = reinterpret_cast<uintptr_t>(room_.data());
-    return reinterpret_cast<uint8_t*>((address + 255) / 256 * 256);
-  }
-
- private:
-  std::vector<uint8_t> room_;
-  EmulatedBuffer registered_;
-};
 
 // What rounding may cost, as shares of sums of magnitudes: of the weight's products, of the low-rank term's, of
 // the result.
@@ -115,7 +80,7 @@ struct Reference {
   std::vector<double> small, small_bound, out, bound;
   template <class In, class W, class First, class Factor>
   Reference(const Case& c, int64_t outer, int64_t inner, In in, W w, First first, Factor factor,
-            const Shared* given) {
+            const EmulatedTensor* given) {
     const Bound share = bound_of(c.dtype);
     for (int64_t i = 0; i < c.m; ++i) {
       for (int64_t q = 0; q < c.r; ++q) {
@@ -150,15 +115,16 @@ void linear_case(const Case& c, Rng& rng) {
   label("nf4_linear", c);
   emulator::set_traits({.capability = c.capability});
   emulator::set_seed(rng.next());
-  SharedWeight weight(c, rng);
+  EmulatedWeight weight(c.place, rng, c.n, c.k, c.blocksize, c.nested);
   const Maybe x = input(true, c, rng, c.m * c.k, c.dtype, 1.0f, "x");
   const Maybe bias = input(c.bias, c, rng, c.n, c.dtype, 1.0f, "bias");
   const Maybe lora_a = input(c.r > 0 && !c.given, c, rng, c.r * c.k, c.lora_dtype, 0.2f, "lora_a");
   const Maybe lora_b = input(c.r > 0, c, rng, c.n * c.r, c.lora_dtype, 0.2f, "lora_b");
   const Maybe given = input(c.r > 0 && c.given, c, rng, c.m * c.r, c.dtype, 1.0f, "u");
   Maybe kept;
-  if (c.r > 0 && c.keep_u && !c.given) kept = std::make_unique<Shared>(c, c.m * c.r, c.dtype, true, "u");
-  Shared y(c, c.m * c.n, c.dtype, true, "y");
+  if (c.r > 0 && c.keep_u && !c.given)
+    kept = std::make_unique<EmulatedTensor>(c.place, c.m * c.r, c.dtype, true, "u");
+  EmulatedTensor y(c.place, c.m * c.n, c.dtype, true, "y");
   Nf4LinearCudaArgs args{.call = {.x = x->data(),
                                   .weight = weight.weight.view(),
                                   .bias = address(bias),
@@ -178,7 +144,7 @@ void linear_case(const Case& c, Rng& rng) {
                          .stream = nullptr};
   const int64_t bytes = nf4_linear_cuda_scratch(args);
   if (!check(bytes >= 0, "the route cannot take this call")) return;
-  const Scratch scratch(bytes);
+  const EmulatedScratch scratch(bytes);
   args.scratch = scratch.data();
   const Status status = nf4_linear_cuda(args);
   if (!check(status == Status::kOk, "status %d: %s", static_cast<int>(status), emulator::take_fault().c_str()))
@@ -197,7 +163,8 @@ void linear_case(const Case& c, Rng& rng) {
 }
 
 // gram = 0.375 * tallᵀ · small, of tall (m, n): (n, r), or its transpose.
-void compare_gram(const Case& c, const Shared& tall, const Shared& small, const Shared& gram, bool rank_major) {
+void compare_gram(const Case& c, const EmulatedTensor& tall, const EmulatedTensor& small,
+                  const EmulatedTensor& gram, bool rank_major) {
   std::vector<double> want, bound;
   for (int64_t i = 0; i < c.n * c.r; ++i) {
     const int64_t column = rank_major ? i % c.n : i / c.r, q = rank_major ? i / c.n : i % c.r;
@@ -217,15 +184,15 @@ void grad_input_case(const Case& c, Rng& rng) {
   label("nf4_linear_grad_input", c);
   emulator::set_traits({.capability = c.capability});
   emulator::set_seed(rng.next());
-  SharedWeight weight(c, rng);
+  EmulatedWeight weight(c.place, rng, c.n, c.k, c.blocksize, c.nested);
   const Maybe dy = input(true, c, rng, c.m * c.n, c.dtype, 1.0f, "dy");
   const Maybe lora_a = input(c.r > 0, c, rng, c.r * c.k, c.lora_dtype, 0.2f, "lora_a");
   const Maybe lora_b = input(c.r > 0, c, rng, c.n * c.r, c.lora_dtype, 0.2f, "lora_b");
   const Maybe u = input(c.r > 0 && c.given, c, rng, c.m * c.r, c.dtype, 1.0f, "u");
   Maybe v, db;
-  if (c.r > 0) v = std::make_unique<Shared>(c, c.m * c.r, c.dtype, true, "v");
-  if (u) db = std::make_unique<Shared>(c, c.n * c.r, c.lora_dtype, true, "db");
-  Shared dx(c, c.m * c.k, c.dtype, true, "dx");
+  if (c.r > 0) v = std::make_unique<EmulatedTensor>(c.place, c.m * c.r, c.dtype, true, "v");
+  if (u) db = std::make_unique<EmulatedTensor>(c.place, c.n * c.r, c.lora_dtype, true, "db");
+  EmulatedTensor dx(c.place, c.m * c.k, c.dtype, true, "dx");
   Nf4LinearGradInputCudaArgs args{.call = {.dy = dy->data(),
                                            .weight = weight.weight.view(),
                                            .lora_a = address(lora_a),
@@ -246,7 +213,7 @@ void grad_input_case(const Case& c, Rng& rng) {
                                   .stream = nullptr};
   const int64_t bytes = nf4_linear_grad_input_cuda_scratch(args);
   if (!check(bytes >= 0, "the route cannot take this call")) return;
-  const Scratch scratch(bytes);
+  const EmulatedScratch scratch(bytes);
   args.scratch = scratch.data();
   const Status status = nf4_linear_grad_input_cuda(args);
   if (!check(status == Status::kOk, "status %d: %s", static_cast<int>(status), emulator::take_fault().c_str()))
@@ -271,13 +238,14 @@ void thin_case(const Case& c, bool rank_major, bool product, Rng& rng) {
   const Maybe small = input(true, c, rng, c.m * c.r, c.dtype, 1.0f, "small");
   const Maybe factor = input(product, c, rng, c.n * c.r, c.lora_dtype, 0.2f, "factor");
   Maybe out;
-  if (product) out = std::make_unique<Shared>(c, c.m * c.r, c.dtype, true, "product");
-  Shared gram(c, c.n * c.r, c.lora_dtype, true, "gram");
+  if (product) out = std::make_unique<EmulatedTensor>(c.place, c.m * c.r, c.dtype, true, "product");
+  EmulatedTensor gram(c.place, c.n * c.r, c.lora_dtype, true, "gram");
   LoraGradientsCudaArgs args{.tall = tall->data(),
                              .small = small->data(),
                              .factor = address(factor),
                              .product = address(out),
                              .gram = gram.data(),
+                             .wide = nullptr,
                              .m = c.m,
                              .width = c.n,
                              .r = c.r,
@@ -287,7 +255,7 @@ void thin_case(const Case& c, bool rank_major, bool product, Rng& rng) {
                              .lora_dtype = c.lora_dtype,
                              .scratch = nullptr,
                              .stream = nullptr};
-  const Scratch scratch(lora_gradients_cuda_scratch(args));
+  const EmulatedScratch scratch(lora_gradients_cuda_scratch(args));
   args.scratch = scratch.data();
   const Status status = lora_gradients_cuda(args);
   if (!check(status == Status::kOk, "status %d: %s", static_cast<int>(status), emulator::take_fault().c_str()))

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _C
-from .checks import DTYPE_CODE, NESTED_BLOCKSIZE, block_count, raise_not_finite
+from .checks import DTYPE_CODE, NESTED_BLOCKSIZE, Packed, block_count, raise_not_finite
 
 _DEVICE_ERROR = 5
 
@@ -52,6 +53,16 @@ class Device:
 def whole(t: Tensor) -> Tensor:
     """Bytes at a multiple of 4, where kernels read them as float32; a view may begin anywhere."""
     return t if t.data_ptr() % 4 == 0 else t.clone()
+
+
+def parts(weight: Packed) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """What kernels read of a weight: its scales at whole addresses, and the dynamic map."""
+    packed, scales, nested, _ = weight
+    return packed, whole(scales), None if nested is None else whole(nested), dynamic_map(packed.device)
+
+
+def rows(x: Tensor) -> int:
+    return prod(x.shape[:-1])
 
 
 @cache

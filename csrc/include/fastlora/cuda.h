@@ -44,6 +44,35 @@ struct Nf4DequantizeCudaArgs {
 };
 Status nf4_dequantize_cuda(const Nf4DequantizeCudaArgs& args);
 
+// For the dense route in 16 bits the low-rank term, and the bias, are part of the contraction:
+//   y = [x | 0 | u | 1 | 0] · [W | 0 | s·B | bias | 0]ᵀ      dx = [dy | 0 | v | 0] · [W ; 0 ; A ; 0]
+// so that the result is rounded once and written once. u and v begin at wide_rank_at(inner), a multiple of 8;
+// zeros fill a row to wide_size() elements, whole sectors of 32 bytes: so the GEMM may take its kernels for
+// aligned rows. `ones`: with a bias.
+constexpr int64_t wide_rank_at(int64_t inner) { return (inner + 7) / 8 * 8; }
+constexpr int64_t wide_size(int64_t inner, int64_t r, bool ones) {
+  return (wide_rank_at(inner) + r + (ones ? 1 : 0) + 15) / 16 * 16;
+}
+
+// A part of W as the right operand of such a product. With r == 0 just that part.
+struct Nf4SlabCudaArgs {
+  Nf4Weight weight;
+  int64_t first_row, rows, first_column, columns;  // of W; first_column even
+  const float* map;                                // (256) the dynamic map, with nested scales
+  void* out;           // (rows, out_stride), or (wide_size(rows, r, false), out_stride) with `below`; dtype
+  int64_t out_stride;  // at least columns; wide_size(columns, r, bias != nullptr) unless `below` or r == 0. What
+                       // lies beyond the columns otherwise is left as it is
+  const void* factor;  // right of the columns: lora_b (n, r). Below the rows: lora_a (r, k). lora_dtype
+  const void* bias;    // (n), dtype, or null; not with `below`
+  int64_t r;
+  float scaling;  // of the factor
+  bool below;
+  DType dtype, lora_dtype;  // dtype: 16-bit
+  void* stream;
+};
+// One launch; W's values have the bits that nf4_dequantize_cuda gives them.
+Status nf4_slab_cuda(const Nf4SlabCudaArgs& args);
+
 // How the layer's product is made. csrc/cuda/nf4_linear_plan.cu chooses by shape and device, or takes the one it
 // is given where that can do the call.
 enum class CudaRoute : int32_t {
@@ -90,7 +119,9 @@ Status nf4_linear_grad_input_cuda(const Nf4LinearGradInputCudaArgs& args);
 struct LoraProjectCudaArgs {
   const void* x;  // (m, k), dtype (16-bit)
   const void* a;  // (r, k), a_dtype
-  void* u;        // (m, r), dtype, out
+  void* u;        // (m, r), dtype, out; may be null with
+  void* wide;     // (m, wide_size(k, r, ones)), dtype, out, aligned to 16: x widened by u; or null
+  bool ones;
   int64_t m, k, r;
   DType dtype, a_dtype;
   void* stream;
@@ -106,6 +137,8 @@ struct LoraGradientsCudaArgs {
   const void* factor;  // (width, r), lora_dtype; null without product
   void* product;       // (m, r), dtype, out, or null
   void* gram;          // (width, r), or (r, width) with rank_major, lora_dtype, out, or null
+  void* wide;          // (m, wide_size(width, r, false)), dtype, out, aligned to 16: tall widened by the product,
+                       // which must be wanted; or null
   int64_t m, width, r;
   float scaling;
   bool rank_major;
