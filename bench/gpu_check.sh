@@ -25,14 +25,24 @@ arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -
 step build "$python" -m pip install --no-build-isolation --no-deps --force-reinstall . \
   --config-settings=cmake.define.FASTLORA_CUDA=ON --config-settings=cmake.define.FASTLORA_CUDA_ARCHS="$arch"
 [ $failed -eq 0 ] || exit 1
-step tests "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py tests/test_nf4_levels.py -k "cuda and not emulated"
+# Without this project's own options of pytest, which refuse to run where pytest-timeout is not installed.
+pytest=("$python" -m pytest -q -p no:cacheprovider -o addopts=-ra)
+on_device="cuda and not emulated"
+step tests "${pytest[@]}" -k "$on_device" tests/test_cuda.py tests/test_nf4_levels.py tests/test_nf4_linear.py \
+  tests/test_nf4_linear_grad_input.py tests/test_lora_gradients.py tests/test_lora_dropout.py tests/test_autograd.py \
+  tests/test_qlinear.py
 if command -v compute-sanitizer >/dev/null; then
-  for check in memcheck racecheck; do
-    step "$check" compute-sanitizer --tool "$check" --error-exitcode 9 "$python" -m pytest -q -p no:cacheprovider \
-      tests/test_nf4_levels.py -k "cuda and not emulated and (every_block_size or ties)"
+  # Every kernel a few times, on small shapes. Of memory that torch keeps for later nothing is known: every tensor
+  # gets its own. And torch's kernels are left alone.
+  some="every_block_size or ties or any_address or every_width_of_a_tile or same_bits_on_every_run or largest_sums"
+  some="$some or backward_matches or grad_a_matches or grad_b_and"
+  for check in memcheck racecheck initcheck synccheck; do
+    step "$check" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$check" --kernel-regex kns=fastlora \
+      --error-exitcode 9 "${pytest[@]}" -k "$on_device and ($some)" tests/test_nf4_levels.py tests/test_nf4_linear.py \
+      tests/test_nf4_linear_grad_input.py tests/test_lora_gradients.py tests/test_lora_dropout.py
   done
 else
-  echo "== no compute-sanitizer on PATH: memcheck and racecheck not run"
+  echo "== no compute-sanitizer on PATH: memcheck, racecheck, initcheck and synccheck not run"
 fi
 step bench "$python" bench/gpu.py --out "$out"
 exit $failed

@@ -12,7 +12,6 @@ LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
 FORMAT_LEVELS = LEVELS[:3]
 DEVICES = ("cuda_emulated", "cuda")
 LINEAR_DEVICES = (*devices.EMULATED, "cuda")
-LAYER_DEVICES = ("cpu", *LINEAR_DEVICES)
 
 
 @pytest.fixture(params=LEVELS)
@@ -31,14 +30,16 @@ def linear_isa(request):
         yield from _forced(request)
 
 
-@pytest.fixture(params=LAYER_DEVICES)
+@pytest.fixture(params=("cpu", *DEVICES))
+def op_device(request):
+    """The CPU, at whatever level it has, and the devices."""
+    yield from _on(request)
+
+
+@pytest.fixture(params=("cpu", *LINEAR_DEVICES))
 def layer_device(request):
-    """The CPU, at whatever level it has, and the devices: for what is built on the ops."""
-    if request.param == "cpu":
-        yield request.param
-    else:
-        with devices.device(request.param):
-            yield request.param
+    """The same, and what the layer's kernels may be made to take: for what is built on the ops."""
+    yield from _on(request)
 
 
 @pytest.fixture(params=FORMAT_LEVELS + DEVICES)
@@ -49,6 +50,14 @@ def format_isa(request):
             yield request.param
     else:
         yield from _forced(request)
+
+
+def _on(request):
+    if request.param == "cpu":
+        yield request.param
+    else:
+        with devices.device(request.param):
+            yield request.param
 
 
 def _forced(request):

@@ -83,15 +83,16 @@ def _on_cuda(op: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def device(name: str, seed: int = 1) -> Iterator[None]:
-    """One of EMULATED, or `cuda`; skips the test, with the reason, where it cannot be had."""
+def device(name: str, seed: int = 1, emulated: EmulatedDevice | None = None) -> Iterator[None]:
+    """One of EMULATED, or `cuda`; skips the test, with the reason, where it cannot be had. `emulated` takes
+    the emulated device's calls in place of a new one with this seed."""
     if name in EMULATED:
         if _emulator is None:
             pytest.skip("this build holds no emulator (FASTLORA_EMULATOR=OFF)")
         capability, route = EMULATED[name]
         _emulator.set_traits(capability)
-        emulated = EmulatedDevice(seed)
-        made = {op: lambda *args, op=op: ops.CUDA_OPS[op](emulated, *args) for op in OPS}
+        taker = emulated or EmulatedDevice(seed)
+        made = {op: lambda *args, op=op: ops.CUDA_OPS[op](taker, *args) for op in OPS}
     else:
         if not _C.cuda_built:
             pytest.skip("this build holds no CUDA kernels")

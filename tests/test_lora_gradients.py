@@ -105,12 +105,12 @@ def check_backward(case: Case, seed: int) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_grad_b_and_its_v_match_the_reference(layer_device: str, case: Thin) -> None:
+def test_grad_b_and_its_v_match_the_reference(op_device: str, case: Thin) -> None:
     check_grad_b(case)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_grad_a_matches_the_reference(layer_device: str, case: Thin) -> None:
+def test_grad_a_matches_the_reference(op_device: str, case: Thin) -> None:
     check_grad_a(case)
 
 
@@ -200,7 +200,7 @@ def test_the_same_bits_in_any_order_of_execution(device: str, case: Case) -> Non
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_leading_dimensions_and_strides(layer_device: str, dtype: torch.dtype) -> None:
+def test_leading_dimensions_and_strides(op_device: str, dtype: torch.dtype) -> None:
     dy, u = normal(1, 12, 33, dtype=dtype), normal(2, 12, 4, dtype=dtype)
     b = normal(3, 33, 4, dtype=torch.float32)
     v, db = op.lora_grad_b(dy, u, b, SCALING)

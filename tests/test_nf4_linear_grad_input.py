@@ -71,6 +71,13 @@ def test_chunks_of_the_contraction(linear_isa: str, case: Case) -> None:
     check(case, prepared(case, 13))
 
 
+@pytest.mark.parametrize("m", [5, 12, 24, 50, 90])
+@pytest.mark.parametrize(("blocksize", "rank"), [(64, 24), (32, 40)])
+def test_every_width_of_a_tile(linear_isa: str, m: int, blocksize: int, rank: int) -> None:
+    case = Case(m, 72, 256, rank, blocksize, torch.bfloat16)
+    check(case, prepared(case, 17))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     case=st.builds(

@@ -1,6 +1,6 @@
 #include "launch.h"
 
-#include <regex>
+#include <cctype>
 #include <utility>
 
 #include "machine.h"
@@ -97,10 +97,19 @@ bool launch(const char* kernel, const int (&grid)[3], int threads, int64_t share
 }
 
 std::string kernel_name(const char* pretty) {
-  const std::string text = pretty;
-  const size_t begin = text.find("kKernel = ") + 10;
-  static const std::regex spaces(R"((\w+|\{anonymous\}|<unnamed>|\(anonymous namespace\))::|^&)");
-  return std::regex_replace(text.substr(begin, text.rfind(']') - begin), spaces, "");
+  std::string name = pretty;
+  name = name.substr(name.find("kKernel = ") + 10);
+  name.resize(name.rfind(']'));
+  if (name[0] == '&') name.erase(0, 1);
+  // A namespace is a word, or a bracketed one: <unnamed>, {anonymous}, (anonymous namespace).
+  for (size_t end; (end = name.find("::")) != std::string::npos;) {
+    const size_t bracket = std::string(">})").find(name[end - 1]);
+    size_t begin = bracket == std::string::npos ? end : name.rfind("<{("[bracket], end);
+    while (bracket == std::string::npos && begin > 0 && (std::isalnum(name[begin - 1]) || name[begin - 1] == '_'))
+      --begin;
+    name.erase(begin, end + 2 - begin);
+  }
+  return name;
 }
 
 }  // namespace fastlora::emulator
