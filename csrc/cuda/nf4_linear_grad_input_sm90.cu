@@ -22,6 +22,7 @@ FASTLORA_DEVICE int row_place(int row, int half) {
 template <DType D, int kColumns>
 struct Weights {
   using R = Ring<kColumns>;
+  static constexpr bool kInPairs = false;
   const ProductArgs& args;
   const RingTile& tile;
   const ScaleReader reader;

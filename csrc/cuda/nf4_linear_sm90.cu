@@ -3,8 +3,8 @@
 // Two warpgroups multiply 64 rows of W each; W is the left operand and comes from registers, so that it goes from
 // packed bytes to the tensor cores without ever being in memory in another form. While one stage's products run,
 // the next stage's operands are looked up. x is the right operand, read from shared memory by the tensor cores
-// themselves, in its own order of k: a lane reads the whole 32 bytes of its rows and picks the bytes that are its
-// columns. A third warpgroup copies. The low-rank steps are more stages, with u in the place of x.
+// themselves. A third warpgroup copies, x in pairs: so that the order of k within a stage is the one in which a
+// lane's 8 bytes of a row of W lie together. The low-rank steps are more stages, with u in the place of x.
 #include "kernels.cuh"
 #include "launch.cuh"
 #include "warpgroup_ring.cuh"
@@ -12,14 +12,18 @@
 namespace fastlora::cuda {
 namespace {
 
-// A row's 32 bytes of a stage: four rows in a gap.
-FASTLORA_DEVICE int row_place(int row) { return row / 4 * kPairPitch + kGapBytes + row % 4 * 32; }
+// A row's 32 bytes of a stage: four rows in a gap. Of rows that are read at once, every second one of 8, no two are
+// in the same quarter.
+FASTLORA_DEVICE int row_place(int row) {
+  return row / 4 * kPairPitch + kGapBytes + (row % 4 ^ row / 4 % 2) * 32;
+}
 
 // The copying warpgroup's share of W: half a row and the one 64 rows on of a thread, and a row's scales, one of 64
 // columns or two of 32.
 template <DType D, int kColumns>
 struct Weights {
   using R = Ring<kColumns>;
+  static constexpr bool kInPairs = true;
   const ProductArgs& args;
   const RingTile& tile;
   const ScaleReader reader;
@@ -76,28 +80,23 @@ struct Operands {
   const int group = lane_index() / 4, quad = lane_index() % 4;
   // Rows 2 * group and the next of this warp's 16 are rows group and group + 8 of its operands.
   const int row = (thread_index() - kGroupThreads) / 32 * 16 + 2 * group;  // in the tile
-  const int spot = row_place(row);
-  const uint32_t copy = 4 * static_cast<uint32_t>(lane_index()), picked = pick_byte(static_cast<uint32_t>(quad));
+  // Columns 16 * quad .. + 15 of the stage.
+  const int spot[2] = {row_place(row) + 8 * quad, row_place(row + 1) + 8 * quad};
+  const int scale_spot = (args.shift > 5 ? 0 : quad / 2 * kRingTile) + row;
+  const uint32_t copy = 4 * static_cast<uint32_t>(lane_index());
 
-  // A step is two words of a row: of one a lane takes its byte for columns 2t and 2t + 1, of the other for those 8
-  // on.
+  // A step takes two bytes of a lane, the left and the right half of its 16 columns of an operand.
   FASTLORA_DEVICE void make(int index, uint32_t (&a)[4][4]) const {
     const int stage = index % R::kStages;
     FASTLORA_UNROLL
     for (int h = 0; h < 2; ++h) {
-      Words4 words[2];
-      FASTLORA_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        words[i] = load_shared(shared_memory<Words4>(stage * kRingWBytes + spot + h * 32 + i * 16));
-      }
-      const uint32_t* scales = R::scales(stage) + row + h;
-      PairScale scale = pair_scale(load_shared(scales));
+      const Words2 words = load_shared(shared_memory<Words2>(stage * kRingWBytes + spot[h]));
+      const PairScale scale = pair_scale(load_shared(R::scales(stage) + scale_spot + h));
       FASTLORA_UNROLL
       for (int step = 0; step < 4; ++step) {
-        if (step == 2 && args.shift == 5) scale = pair_scale(load_shared(scales + kRingTile));
         FASTLORA_UNROLL
         for (int i = 0; i < 2; ++i) {
-          a[step][2 * i + h] = scaled<D>(look_up(words[step / 2].w[step % 2 * 2 + i], picked, copy), scale);
+          a[step][2 * i + h] = scaled<D>(look_up(words.w[step / 2], pick_byte(step % 2 * 2 + i), copy), scale);
         }
       }
     }

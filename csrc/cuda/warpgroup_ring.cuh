@@ -151,6 +151,31 @@ FASTLORA_DEVICE void copy_ring_x(uint8_t* to, const uint16_t* from, int width, i
   }
 }
 
+// The same in the order of k in which a lane of a quad takes 8 adjacent bytes of a row of W: pair p of a row lies
+// where pair p / 8 of the p % 8-th 8 steps would. A warp copies a whole row.
+template <int kColumns>
+FASTLORA_DEVICE void copy_ring_x_pairs(uint8_t* to, const uint16_t* from, int width, int rows,
+                                       int steps FASTLORA_AT) {
+  const int row = thread_index() / 32, pair = lane_index();
+  const uint16_t* lane_from = from + static_cast<int64_t>(row) * width + 2 * pair;
+  // Of this row and of 4 rows on; every 8 rows it is the same again.
+  uint8_t* place[2] = {to + ring_x_place(row, pair % 8) + pair / 8 * 4,
+                       to + ring_x_place(row + 4, pair % 8) + pair / 8 * 4};
+  if (rows >= kColumns && steps >= kDepth) {
+    FASTLORA_UNROLL
+    for (int j = 0; j < kColumns / 4; ++j) {
+      copy_async<4>(place[j % 2] + j / 2 * 1024, lane_from, 4 FASTLORA_HERE);
+      lane_from += 4 * static_cast<int64_t>(width);
+    }
+    return;
+  }
+  for (int j = 0; j < kColumns / 4; ++j) {
+    const bool inside = row + 4 * j < rows && 2 * pair < steps;
+    copy_async<4>(place[j % 2] + j / 2 * 1024, lane_from, inside ? 4 : 0 FASTLORA_HERE);
+    lane_from += 4 * static_cast<int64_t>(width);
+  }
+}
+
 // The inner rows of x (u or v) from rank r0 on, as a stage of 16 steps where there are no more ranks, else of 64.
 template <DType D, int kColumns>
 FASTLORA_DEVICE void fill_ring_inner(const ProductArgs& args, uint8_t* to, int x_row, int r0 FASTLORA_AT) {
@@ -162,7 +187,8 @@ FASTLORA_DEVICE void fill_ring_inner(const ProductArgs& args, uint8_t* to, int x
   }
 }
 
-// All stages in turn. weights.copy(index, stage) brings W and its scales.
+// All stages in turn. weights.copy(index, stage) brings W and its scales. Weights::kInPairs: x is wanted in the
+// order of copy_ring_x_pairs.
 template <DType D, int kColumns, class Weights>
 FASTLORA_DEVICE void copy_ring(const ProductArgs& args, const RingTile& tile, Weights& weights) {
   using R = Ring<kColumns>;
@@ -171,8 +197,12 @@ FASTLORA_DEVICE void copy_ring(const ProductArgs& args, const RingTile& tile, We
   for (int index = 0; index < tile.stages; ++index) {
     const int stage = index % R::kStages;
     R::acquire(index);
-    copy_ring_x<kColumns>(R::x(stage), x_from, tile.contraction, args.m - tile.x_row,
-                          tile.contraction - tile.begin - index * kDepth);
+    const int rows = args.m - tile.x_row, steps = tile.contraction - tile.begin - index * kDepth;
+    if constexpr (Weights::kInPairs) {
+      copy_ring_x_pairs<kColumns>(R::x(stage), x_from, tile.contraction, rows, steps);
+    } else {
+      copy_ring_x<kColumns>(R::x(stage), x_from, tile.contraction, rows, steps);
+    }
     weights.copy(index, stage);
     R::commit(index);
     x_from += kDepth;
@@ -278,7 +308,7 @@ inline constexpr int kRingBlocks = kColumns <= 64 ? 2 : 1;  // on a processor
 template <int kColumns>
 inline constexpr bool kUneven = kColumns != 128;
 template <int kColumns>
-inline constexpr int kFewRegisters = kColumns == 256 ? 56 : 40;
+inline constexpr int kFewRegisters = kColumns == 256 ? 56 : 48;
 template <int kColumns>
 inline constexpr int kManyRegisters = kColumns == 256 ? 224 : 96;
 
