@@ -11,7 +11,6 @@ overlap fully, and what a launch costs. So a time is what a kernel cannot beat r
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from functools import cache
 from math import ceil

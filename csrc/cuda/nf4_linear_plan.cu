@@ -11,19 +11,19 @@ namespace {
 
 // ---- the table ----------------------------------------------------------------------------------------------
 
-// For how many rows of x which kernels are the fastest, from a compute capability on. Beyond the last the caller
-// dequantises and multiplies. Predicted by the cost model in docs/cuda_kernels.md; not yet measured.
+// Up to how many rows of x which kernels are the fastest, from a compute capability on. Beyond `fused` the caller
+// dequantises and multiplies; between the kernels for tiles their cost decides. Predicted by the model in
+// docs/cuda_kernels.md; not yet measured.
 struct Crossovers {
   int capability;
-  int decode;     // forward alone
-  int warpgroup;  // 0: none
-  int tile;
-  int ragged_tile;  // scale blocks that straddle rows of W
+  int decode;  // forward alone
+  int fused;
+  int ragged;  // the same where scale blocks straddle rows of W
 };
-constexpr Crossovers kForward[] = {
-    {80, 8, 0, 1024, 64}, {90, 8, 1536, 256, 64}, {100, 8, 0, 512, 64}, {120, 8, 0, 512, 64}};
-constexpr Crossovers kGradInput[] = {
-    {80, 0, 0, 768, 64}, {90, 0, 1024, 256, 64}, {100, 0, 0, 384, 64}, {120, 0, 0, 384, 64}};
+constexpr Crossovers kForward[] = {{80, 8, 1024, 64}, {86, 8, 1536, 64}, {90, 8, 1536, 64}, {100, 8, 128, 64},
+                                   {120, 8, 1536, 64}};
+constexpr Crossovers kGradInput[] = {{80, 0, 1024, 64}, {86, 0, 1536, 64}, {90, 0, 768, 64}, {100, 0, 128, 64},
+                                     {120, 0, 1536, 64}};
 
 template <size_t kCount>
 const Crossovers& row_of(const Crossovers (&table)[kCount], int capability) {
@@ -48,10 +48,10 @@ struct TileCost {
   int columns, clocks;
 };
 constexpr int kTileSteps = 128, kWarpgroupSteps = 64;
-constexpr TileCost kForwardTiles[] = {{2, 630}, {4, 785}, {8, 1140}, {12, 1460}};
-constexpr TileCost kGradInputTiles[] = {{1, 740}, {2, 750}, {4, 800}, {8, 880}};
-constexpr TileCost kForwardGroups[] = {{16, 375}, {32, 420}, {64, 520}, {128, 710}, {256, 1095}};
-constexpr TileCost kGradInputGroups[] = {{16, 490}, {32, 540}, {64, 635}, {128, 825}, {256, 1210}};
+constexpr TileCost kForwardTiles[] = {{2, 625}, {4, 784}, {8, 1136}, {12, 1456}};
+constexpr TileCost kGradInputTiles[] = {{1, 740}, {2, 752}, {4, 796}, {8, 880}};
+constexpr TileCost kForwardGroups[] = {{16, 276}, {32, 324}, {64, 420}, {128, 612}, {256, 996}};
+constexpr TileCost kGradInputGroups[] = {{16, 488}, {32, 537}, {64, 632}, {128, 824}, {256, 1208}};
 
 // Multiply-adds of 16-bit floats a clock of a processor. GeForce devices have half of it from 86 on.
 int tensor_rate(int capability, CudaRoute route) {
@@ -68,15 +68,20 @@ struct Tiling {
   int64_t clocks = 0;
 };
 
+constexpr int64_t ceil_div32(int64_t a, int64_t b) {  // a division of halves the length, which is made often
+  return static_cast<uint32_t>(a + b - 1) / static_cast<uint32_t>(b);
+}
+
 // The better of `best` and tiles of `columns` (8 * columns, or columns rows of x) with the best number of splits.
 void consider(Tiling& best, const Shape& s, const DeviceTraits& traits, const TileCost& tile, int rows, int step,
               int rate) {
-  const int64_t blocks = ceil_div(s.m, rows) * ceil_div(s.outer, 128), steps = ceil_div(s.contraction, step);
   const int tensor_clocks = 128 * rows * step / rate;
   const int step_clocks = tile.clocks > tensor_clocks ? tile.clocks : tensor_clocks;
+  const int64_t blocks = ceil_div(s.m, rows) * ceil_div(s.outer, 128), steps = ceil_div(s.contraction, step);
   for (int splits = 1; splits <= 16 && splits <= steps; ++splits) {
-    const int64_t waves = ceil_div(blocks * splits, traits.processors);
-    int64_t clocks = waves * (ceil_div(steps, splits) * step_clocks + traits.block_clocks);
+    if (splits > 1 && blocks * splits > 3 * traits.processors) break;
+    const int64_t waves = ceil_div32(blocks * splits, traits.processors);
+    int64_t clocks = waves * (ceil_div32(steps, splits) * step_clocks + traits.block_clocks);
     if (splits > 1) clocks += traits.block_clocks + 8 * splits * s.m * s.outer / kL2Bytes;
     if (best.columns == 0 || clocks < best.clocks) best = {tile.columns, splits, clocks};
   }
@@ -100,6 +105,15 @@ Tiling best_tiling(const Shape& s, bool ragged, CudaRoute route, const DeviceTra
   return best;
 }
 
+// Parts of u that are added by whoever uses it: about 32 blocks for them all, but not more than 16 KiB.
+int inner_splits(const Shape& s) {
+  const int64_t tiles = ceil_div(s.m, s.m <= 8 ? 8 : 32) * ceil_div(s.r, s.r <= 16 ? 16 : s.r <= 32 ? 32 : 64);
+  int64_t parts = 32 / tiles;
+  if (parts > 16384 / (4 * s.m * s.r)) parts = 16384 / (4 * s.m * s.r);
+  if (parts > ceil_div(s.contraction, 512)) parts = ceil_div(s.contraction, 512);
+  return static_cast<int>(parts < 1 ? 1 : parts);
+}
+
 }  // namespace
 
 bool make_plan(const Shape& s, bool inner_is_wanted, Plan* out) {
@@ -113,55 +127,49 @@ bool make_plan(const Shape& s, bool inner_is_wanted, Plan* out) {
             .span = static_cast<int>(s.contraction),
             .inner_splits = 0};
   const Nf4Weight& w = *s.weight;
-  const bool fits = s.dtype != DType::kFloat32 && s.contraction > 0 && s.outer > 0 && s.m > 0 && s.m < kMost &&
-                    w.n < kMost && w.k < kMost && w.n * w.k / w.blocksize < kMost && traits->capability >= 80;
   const Crossovers& rows = s.grad ? row_of(kGradInput, traits->capability) : row_of(kForward, traits->capability);
-  const bool decodes = fits && !s.grad && !plan.ragged && s.m <= 8 && w.blocksize >= 64;
+  const bool tiles = s.dtype != DType::kFloat32 && s.contraction > 0 && s.outer > 0 && s.m > 0 && s.m < kMost &&
+                     w.n < kMost && w.k < kMost && w.n * w.k / w.blocksize < kMost && traits->capability >= 80;
+  const bool decodes = tiles && !s.grad && !plan.ragged && s.m <= 8 && w.blocksize >= 64;
 #ifdef FASTLORA_SM90
-  const bool warpgroups = fits && !plan.ragged && traits->capability == 90;
+  const bool warpgroups = tiles && !plan.ragged && traits->capability == 90;
 #else
   const bool warpgroups = false;
 #endif
-  struct Choice {
-    CudaRoute route;
-    bool can;
-    int most;  // rows of x
+  const bool given = s.wanted == CudaRoute::kDense || (s.wanted == CudaRoute::kDecode && decodes) ||
+                     (s.wanted == CudaRoute::kTile && tiles) || (s.wanted == CudaRoute::kWarpgroup && warpgroups);
+  const auto may = [&](CudaRoute route, bool can, int most) {
+    return given ? s.wanted == route : can && s.m <= most;
   };
-  const Choice choices[] = {{CudaRoute::kDecode, decodes, rows.decode},
-                            {CudaRoute::kWarpgroup, warpgroups, rows.warpgroup},
-                            {CudaRoute::kTile, fits, plan.ragged ? rows.ragged_tile : rows.tile}};
-  bool given = s.wanted == CudaRoute::kDense;
-  for (const Choice& c : choices) {
-    if (c.route == s.wanted && c.can) {
-      plan.route = c.route;
-      given = true;
-    }
-  }
-  for (const Choice& c : choices) {
-    if (!given && plan.route == CudaRoute::kDense && c.can && s.m <= c.most) plan.route = c.route;
-  }
-  *out = plan;
-  if (plan.route == CudaRoute::kDense) return true;
-
-  if (plan.route == CudaRoute::kDecode) {
+  const int most = plan.ragged ? rows.ragged : rows.fused;
+  if (may(CudaRoute::kDecode, decodes, rows.decode)) {
+    plan.route = CudaRoute::kDecode;
     // Blocks of 16 rows where those of 32 would leave processors without one.
     plan.columns = ceil_div(w.n, 32) < 2 * traits->processors ? 16 : 32;
   } else {
-    const Tiling tiling = best_tiling(s, plan.ragged, plan.route, *traits);
-    const int step = plan.route == CudaRoute::kWarpgroup ? kWarpgroupSteps : kTileSteps;
-    const int64_t steps = ceil_div(s.contraction, step), span = ceil_div(steps, tiling.splits);
-    plan.columns = tiling.columns;
-    plan.span = static_cast<int>(span) * step;
-    plan.splits = static_cast<int>(ceil_div(steps, span));
+    Tiling best;
+    int step = kTileSteps;
+    if (may(CudaRoute::kTile, tiles, most)) {
+      plan.route = CudaRoute::kTile;
+      best = best_tiling(s, plan.ragged, CudaRoute::kTile, *traits);
+    }
+    if (may(CudaRoute::kWarpgroup, warpgroups, most)) {
+      const Tiling other = best_tiling(s, plan.ragged, CudaRoute::kWarpgroup, *traits);
+      if (given || other.clocks < best.clocks) {
+        plan.route = CudaRoute::kWarpgroup;
+        best = other;
+        step = kWarpgroupSteps;
+      }
+    }
+    const int64_t steps = ceil_div(s.contraction, step), span = ceil_div(steps, best.splits);
+    if (plan.route != CudaRoute::kDense) {
+      plan.columns = best.columns;
+      plan.span = static_cast<int>(span) * step;
+      plan.splits = static_cast<int>(ceil_div(steps, span));
+    }
   }
-  if (s.r > 0 && !s.grad && !inner_is_wanted) {
-    // About 32 blocks for u; but whoever uses it adds the parts, so not more than 16 KiB of them.
-    const int64_t tiles = ceil_div(s.m, s.m <= 8 ? 8 : 32) * ceil_div(s.r, s.r <= 16 ? 16 : s.r <= 32 ? 32 : 64);
-    int64_t parts = 32 / tiles;
-    if (parts > 16384 / (4 * s.m * s.r)) parts = 16384 / (4 * s.m * s.r);
-    if (parts > ceil_div(s.contraction, 512)) parts = ceil_div(s.contraction, 512);
-    plan.inner_splits = static_cast<int>(parts < 1 ? 1 : parts);
-  }
+  const bool in_parts = plan.route != CudaRoute::kDense && s.r > 0 && !s.grad && !inner_is_wanted;
+  if (in_parts) plan.inner_splits = inner_splits(s);
   *out = plan;
   return true;
 }
