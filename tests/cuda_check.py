@@ -48,8 +48,8 @@ EXPECTED = (
     (r"nf4_linear_(tile<kBFloat16, .*(kWeights|kRagged)|grad_input_tile<kBFloat16)", r"HFMA2.*\.BF16"),
     (r"nf4_linear_(tile<kFloat16, .*(kWeights|kRagged)|grad_input_tile<kFloat16)", r"HFMA2(?!.*\.BF16)"),
     (r"nf4_linear_(tile<kFloat16, .*(kWeights|kRagged)|grad_input_tile<kFloat16)", r"HMUL2(?!.*\.BF16)"),
-    (r"\w+_sm90<", r"HGMMA\."),
 )
+SM90_EXPECTED = r"HGMMA\."  # of every kernel in a file *_sm90.cu
 LOCAL_MEMORY = ("LDL", "STL")
 
 # A product of 16 x 8 x 16 takes 256 weights, which 32 lanes make. What one may cost a lane, where nothing but
@@ -113,8 +113,11 @@ class Kernel:
             found.append(f"{self.usage.shared} bytes of static shared memory, which occupancy leaves out")
         if any(op.startswith(LOCAL_MEMORY) for op in counts):
             found.append("local-memory instructions")
-        for name, wanted in EXPECTED:
-            if re.match(name, self.name) and not any(re.match(wanted, op) for op in counts):
+        expected = [wanted for name, wanted in EXPECTED if re.match(name, self.name)]
+        if is_of_sm90(self.file):
+            expected.append(SM90_EXPECTED)
+        for wanted in expected:
+            if not any(re.match(wanted, op) for op in counts):
                 found.append(f"no {wanted}")
         loop = self.loop_length()
         for name, most in MOST_PER_WEIGHT:
@@ -163,8 +166,12 @@ def architectures() -> list[str]:
     return listed[1].split()
 
 
-def is_for(source: Path, arch: str) -> bool:
-    return arch == "90a" or not source.stem.endswith("_sm90")
+def is_of_sm90(file: str) -> bool:
+    return file.endswith("_sm90.cu")
+
+
+def has_kernels(source: Path) -> bool:
+    return "FASTLORA_KERNEL(" in source.read_text(encoding="utf-8")
 
 
 @dataclass
@@ -198,8 +205,13 @@ def compile_for(source: Path, arch: str, folder: Path) -> Compiled:
 def inspect(archs: list[str]) -> tuple[list[Kernel], list[str]]:
     """Every kernel, and what the compiler said."""
     # The largest first, so that no processor ends alone with one.
-    sources = sorted(CSRC.glob("cuda/*.cu"), key=lambda it: it.stat().st_size, reverse=True)
-    jobs = [(source, arch) for source in sources for arch in archs if is_for(source, arch)]
+    sources = sorted(filter(has_kernels, CSRC.glob("cuda/*.cu")), key=lambda it: -it.stat().st_size)
+    jobs = [
+        (source, arch)
+        for source in sources
+        for arch in archs
+        if not is_of_sm90(source.name) or arch.endswith("90a")
+    ]
     kernels: list[Kernel] = []
     said: list[str] = []
     # Without a terminal a line now and then: a log keeps all of them.
