@@ -189,6 +189,7 @@ void bind_cuda(py::module_& m) {
   m.def("wide_rank_at", &wide_rank_at);
   m.def("wide_size", &wide_size);
   m.def("device_count", &cuda_device_count);
+  m.def("processors", &cuda_processors);
   m.def("error", [] { return std::string(cuda_error()); });
   m.attr("quantize_partials") = kQuantizePartials;
 }

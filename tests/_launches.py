@@ -71,7 +71,8 @@ def _call_dropout(device: cuda.Device, dtype: torch.dtype) -> None:
 def _call_layer(device: cuda.Device, dtype: torch.dtype) -> None:
     """Every width of a tile and every rank that has a kernel of its own, in both directions."""
     op = ops.CUDA_OPS
-    for route, rows in (("decode", (1,)), ("tile", (8, 16, 32, 64, 96)), ("warpgroup", (16, 32, 64, 128, 256))):
+    widths = {"decode": (1,), "tile": (8, 16, 32, 64, 96), "warpgroup": (16, 32, 64, 128, 256)}
+    for route, rows in widths.items():
         with cuda_linear.use_route(route):
             # Whole blocks, blocks of 32, blocks that straddle rows; sums that are split, in vectors or not.
             for n, k, blocksize in (

@@ -68,9 +68,6 @@ DESIGNED = (
     (r"nf4_linear_tile<\w+, [24], ", {"90a": 2, "100": 2}),
     (r"nf4_linear_grad_input_tile<\w+, [12], ", {"90a": 2, "100": 2}),
 )
-# Launches that are known not to fit where a block may have 99 KiB: the scales of blocks of 32 weights take
-# 2 KiB more than those of 64.
-KNOWN_MISFITS = r"nf4_linear_(tile<\w+, (4, kWeights|8, kRagged)|grad_input_tile<\w+, (4, false|8, true))>"
 
 
 @dataclass
@@ -137,10 +134,6 @@ class Kernel:
             for it in self.launches
             if not self.blocks(it)
         ]
-
-    def misfits_are_known(self) -> bool:
-        return PROCESSORS[self.arch].block_shared == 99 and re.match(KNOWN_MISFITS, self.name) is not None
-
 
 def find(name: str) -> str | None:
     """A program of the CUDA toolkit: on PATH, in CUDA_HOME, or in the wheels of this Python."""
@@ -256,21 +249,15 @@ def main() -> None:
         print("cuda-check: no nvcc on this machine, so nothing was checked")
         return
     kernels, faults = inspect(options.archs)
-    known: dict[str, list[str]] = {}
     for it in kernels:
-        faults += [f"{it.file} {it.name} sm_{it.arch}: {fault}" for fault in it.faults()]
-        for misfit in it.misfits():
-            if it.misfits_are_known():
-                known.setdefault(f"{it.name}: {misfit}", []).append(it.arch)
-            else:
-                faults.append(f"{it.file} {it.name} sm_{it.arch}: {misfit}")
+        faults += [
+            f"{it.file} {it.name} sm_{it.arch}: {fault}" for fault in (*it.faults(), *it.misfits())
+        ]
     faults += never_launched(kernels)
     rows = [it.row() for it in kernels]
     if not options.write:
         faults += tables.losses(rows, tables.recorded(), SLACK)
     print(tables.text_of(rows))
-    for line, archs in known.items():
-        print(f"known: {line} on sm_{', sm_'.join(archs)}")
     if faults:
         sys.exit("\n".join(faults))
     print(f"{len(kernels)} kernels: no spills, no local memory, and what they were designed for")

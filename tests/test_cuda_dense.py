@@ -24,6 +24,7 @@ needs_device = pytest.mark.skipif(
 def test_several_slabs(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rank: int, bias: bool) -> None:
     """Of 128 rows or columns each, and what is left."""
     monkeypatch.setattr(cuda_dense, "_SLAB_BYTES", 1)
+    monkeypatch.setattr(cuda_dense, "_MOST_BYTES", 1)
     inputs = make_inputs(Case(20, 300, 299, rank, 64, dtype, bias=bias, scaling=0.5), seed=3)
     dense, a, b = inputs.weight.dense, inputs.lora_a, inputs.lora_b
     want_y, _ = reference.nf4_linear(inputs.x, dense, inputs.bias, a, b, 0.5)
@@ -38,18 +39,21 @@ def test_several_slabs(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rank
 
 
 @pytest.mark.parametrize(
-    ("total", "other", "step"),
+    ("m", "total", "other", "step"),
     [
-        (4096, 4096, 2048),
-        (14336, 4096, 2048),
-        (4096, 14336, 512),
-        (5120, 4096, 1792),
-        (100, 4096, 100),
-        (0, 64, 0),
+        (4096, 4096, 4096, 2048),
+        (4096, 14336, 4096, 2048),
+        (4096, 4096, 14336, 1024),  # 29 MB: less than 1024 columns would not fill the device
+        (8192, 4096, 14336, 512),
+        (2048, 4096, 14336, 512),  # 2048 columns would be 59 MB
+        (4096, 5120, 4096, 1792),
+        (4096, 100, 4096, 100),
+        (4096, 0, 64, 0),
+        (1, 4096, 4096, 2048),
     ],
 )
-def test_slabs_are_about_equal(total: int, other: int, step: int) -> None:
-    assert cuda_dense._slab_size(total, other, 2) == step
+def test_slabs_fill_the_device_and_are_about_equal(m: int, total: int, other: int, step: int) -> None:
+    assert cuda_dense._slab_size(m, total, other, 2, 132) == step
 
 
 @needs_device

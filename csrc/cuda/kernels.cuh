@@ -21,8 +21,6 @@ Status launch_nf4_linear_decode(const ProductArgs& args, DType dtype, int rows, 
 Status launch_nf4_linear_tile(const ProductArgs& args, DType dtype, int columns, bool ragged, bool overlaps,
                               void* stream);
 
-int tile_shared_bytes(int columns, int64_t blocksize);
-
 // y by tiles of 128 columns and `columns` rows of x, columns 16, 32, 64, 128 or 256; span a multiple of 64.
 // Capability 9.0a. Whole vectors of x; rows of W that are whole scale blocks, in whole vectors.
 Status launch_nf4_linear_sm90(const ProductArgs& args, DType dtype, int columns, bool overlaps, void* stream);
@@ -63,7 +61,6 @@ Status launch_nf4_linear_grad_input_sm90(const ProductArgs& args, DType dtype, i
 // `ragged` (columns 2 or 8): as above.
 Status launch_nf4_linear_grad_input_tile(const ProductArgs& args, DType dtype, int columns, bool ragged,
                                          bool overlaps, void* stream);
-int grad_input_tile_shared_bytes(int columns, int64_t blocksize);
 
 // out = scaling * the sum of `splits` parts of `count` values each; none where count is 0.
 struct PartSum {

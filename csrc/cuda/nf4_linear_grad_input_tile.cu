@@ -218,11 +218,7 @@ nf4_linear_grad_input_tile(FASTLORA_PARAMETER ProductArgs args) {
   tile.store();
 }
 
-template <int kColumns>
-int shared_bytes(int shift) {
-  static_assert(4 * 2 * (kColumns < 4 ? kColumns : 4) * 16 * 32 * 4 <= kPairTableBytes, "the teams' sums");
-  return kScalesAt<kColumns> + tile_scale_bytes(shift);
-}
+static_assert(4 * 2 * 4 * 16 * 32 * 4 <= kPairTableBytes, "the teams' sums");
 
 template <DType D, int kColumns, bool kRagged>
 Status launch_as(const ProductArgs& args, bool overlaps, void* stream) {
@@ -230,7 +226,7 @@ Status launch_as(const ProductArgs& args, bool overlaps, void* stream) {
                           .blocks_y = static_cast<int>(ceil_div(args.k, kTileStep)),
                           .blocks_z = args.splits,
                           .threads = kTileThreads,
-                          .shared_bytes = shared_bytes<kColumns>(args.shift),
+                          .shared_bytes = tile_shared_bytes(kColumns, args.shift, kRagged),
                           .overlaps = overlaps};
   return FASTLORA_LAUNCH((nf4_linear_grad_input_tile<D, kColumns, kRagged>), shape, args, stream);
 }
@@ -250,14 +246,6 @@ Status launch_dtype(const ProductArgs& args, int columns, bool ragged, bool over
 }
 
 }  // namespace
-
-int grad_input_tile_shared_bytes(int columns, int64_t blocksize) {
-  const int shift = blocksize == 32 ? 5 : 6;
-  return columns == 1   ? shared_bytes<1>(shift)
-         : columns == 2 ? shared_bytes<2>(shift)
-         : columns == 4 ? shared_bytes<4>(shift)
-                        : shared_bytes<8>(shift);
-}
 
 Status launch_nf4_linear_grad_input_tile(const ProductArgs& args, DType dtype, int columns, bool ragged,
                                          bool overlaps, void* stream) {

@@ -5,6 +5,7 @@
 #include "fastlora/nf4_linear.h"
 #include "kernels.cuh"
 #include "launch.cuh"
+#include "nf4_tile.cuh"
 
 namespace fastlora::cuda {
 namespace {
@@ -98,8 +99,7 @@ Tiling best_tiling(const Shape& s, bool ragged, CudaRoute route, const DeviceTra
   }
   for (const TileCost& tile : s.grad ? kGradInputTiles : kForwardTiles) {
     const bool there = !ragged || tile.columns == kRaggedColumns[0] || tile.columns == kRaggedColumns[1];
-    const int bytes = s.grad ? grad_input_tile_shared_bytes(tile.columns, s.weight->blocksize)
-                             : tile_shared_bytes(tile.columns, s.weight->blocksize);
+    const int bytes = tile_shared_bytes(tile.columns, s.weight->blocksize == 32 ? 5 : 6, ragged);
     if (there && bytes <= traits.shared_bytes) consider(best, s, traits, tile, 8 * tile.columns, kTileSteps, rate);
   }
   return best;

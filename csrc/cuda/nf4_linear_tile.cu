@@ -263,7 +263,7 @@ Status launch_as(const ProductArgs& args, bool overlaps, void* stream) {
                           .blocks_y = static_cast<int>(ceil_div(args.n, kTileStep)),
                           .blocks_z = args.splits,
                           .threads = kTileThreads,
-                          .shared_bytes = kScalesAt<kColumns> + tile_scale_bytes(args.shift),
+                          .shared_bytes = tile_shared_bytes(kColumns, args.shift, kScaling == Scaling::kRagged),
                           .overlaps = overlaps};
   return FASTLORA_LAUNCH((nf4_linear_tile<D, kColumns, kScaling>), shape, args, stream);
 }
@@ -274,26 +274,20 @@ Status launch_dtype(const ProductArgs& args, int columns, bool ragged, bool over
     return columns <= 2 ? launch_as<D, 2, Scaling::kRagged>(args, overlaps, stream)
                         : launch_as<D, 8, Scaling::kRagged>(args, overlaps, stream);
   }
-  if (columns <= 2 && args.shift > 5) return launch_as<D, 2, Scaling::kSums>(args, overlaps, stream);
-  if (columns <= 4) {
-    return args.shift > 5 ? launch_as<D, 4, Scaling::kSums>(args, overlaps, stream)
-                          : launch_as<D, 4, Scaling::kWeights>(args, overlaps, stream);
+  const bool sums = args.shift > 5;  // within 64 columns no block ends
+  switch (columns) {
+    case 2:
+      return sums ? launch_as<D, 2, Scaling::kSums>(args, overlaps, stream)
+                  : launch_as<D, 2, Scaling::kWeights>(args, overlaps, stream);
+    case 4:
+      return sums ? launch_as<D, 4, Scaling::kSums>(args, overlaps, stream)
+                  : launch_as<D, 4, Scaling::kWeights>(args, overlaps, stream);
+    case 8: return launch_as<D, 8, Scaling::kWeights>(args, overlaps, stream);
+    default: return launch_as<D, 12, Scaling::kWeights>(args, overlaps, stream);
   }
-  return columns <= 8 ? launch_as<D, 8, Scaling::kWeights>(args, overlaps, stream)
-                      : launch_as<D, 12, Scaling::kWeights>(args, overlaps, stream);
 }
 
 }  // namespace
-
-int tile_shared_bytes(int columns, int64_t blocksize) {
-  const int scales = tile_scale_bytes(blocksize == 32 ? 5 : 6);
-  switch (columns) {
-    case 2: return kScalesAt<2> + scales;
-    case 4: return kScalesAt<4> + scales;
-    case 8: return kScalesAt<8> + scales;
-    default: return kScalesAt<12> + scales;
-  }
-}
 
 Status launch_nf4_linear_tile(const ProductArgs& args, DType dtype, int columns, bool ragged, bool overlaps,
                               void* stream) {

@@ -16,18 +16,26 @@ inline constexpr int kStageGaps = 64;  // 8 KiB of W
 // Where x begins, and behind its ring the factors of the scales and then the scales.
 inline constexpr int kXAt = kPairTableBytes;
 
+constexpr int x_stage_bytes(int columns) { return columns * 8 * 2 * kTileStep; }
+constexpr int stages(int columns) { return columns >= 8 ? 2 : 4; }
+constexpr int scales_at(int columns) { return kXAt + stages(columns) * x_stage_bytes(columns) + 256 * 4; }
+
 template <int kColumns>
-inline constexpr int kXStageBytes = kColumns * 8 * 2 * kTileStep;
+inline constexpr int kXStageBytes = x_stage_bytes(kColumns);
 template <int kColumns>
-inline constexpr int kStages = kColumns >= 8 ? 2 : 4;
+inline constexpr int kStages = stages(kColumns);
 template <int kColumns>
-inline constexpr int kFactorsAt = kXAt + kStages<kColumns> * kXStageBytes<kColumns>;
+inline constexpr int kScalesAt = scales_at(kColumns);
 template <int kColumns>
-inline constexpr int kScalesAt = kFactorsAt<kColumns> + 256 * 4;
+inline constexpr int kFactorsAt = kScalesAt<kColumns> - 256 * 4;
 
 // Scales of a row in a stage, as a power of two: one for every 64 columns, or every 32.
 FASTLORA_DEVICE int scale_bits(int shift) { return shift == 5 ? 2 : 1; }
-inline int tile_scale_bytes(int shift) { return 2 * (shift == 5 ? 4 : 2) * kTileStep * 4; }
+
+// Of a launch; those that are ragged decode their scales where they use them.
+inline int tile_shared_bytes(int columns, int shift, bool ragged) {
+  return scales_at(columns) + (ragged ? 0 : 2 * (shift == 5 ? 4 : 2) * kTileStep * 4);
+}
 
 // ---- W ------------------------------------------------------------------------------------------------------
 

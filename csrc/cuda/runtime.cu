@@ -52,6 +52,11 @@ const DeviceTraits* device_traits() {
 
 namespace fastlora {
 
+int cuda_processors() {
+  const cuda::DeviceTraits* traits = cuda::device_traits();
+  return traits == nullptr ? 0 : traits->processors;
+}
+
 #ifdef __CUDACC__
 
 int cuda_device_count() {

@@ -30,8 +30,10 @@ from .checks import DTYPE_CODE, Packed
 from .cuda import Device
 
 # About so much of W at a time: little enough that a slab, and the tiles of x beside it, stay in the L2 cache
-# of a large device (50 MB), and enough for a product that fills the device. A guess, not yet measured.
-_SLAB_BYTES = 16 << 20
+# of a large device (50 MB); and at most so much, where less would be a product that leaves processors idle.
+# Guesses, not yet measured.
+_SLAB_BYTES, _MOST_BYTES = 16 << 20, 48 << 20
+_TILE_ROWS, _TILE_COLUMNS = 128, 256  # of a library's product, that a processor takes at a time
 
 
 @contextmanager
@@ -62,10 +64,15 @@ def widen(device: Device, x: Tensor, u: Tensor, ones: bool, wide: Tensor) -> Non
             wide[:, at + r].fill_(1.0)
 
 
-def _slab_size(total: int, other: int, itemsize: int) -> int:
-    """Rows, or columns, of `other` elements each, for a slab: multiples of 128, or all. Slabs are about
-    equal, for a small one at the end would not fill the device."""
-    most = max(128, _SLAB_BYTES // max(1, other * itemsize) // 128 * 128)
+def _slab_size(m: int, total: int, other: int, itemsize: int, processors: int) -> int:
+    """Rows, or columns, of `other` elements each, for a slab: multiples of 128, or all. As many as give every
+    processor a tile of the m rows of x, or a multiple of that; and slabs are about equal, for a small one at
+    the end would not fill the device."""
+    bytes_of_one = max(1, other * itemsize)
+    most = max(128, _SLAB_BYTES // bytes_of_one // 128 * 128)
+    filled = _TILE_COLUMNS * max(1, processors // max(1, -(-m // _TILE_ROWS)))
+    if filled * bytes_of_one <= _MOST_BYTES:
+        most = filled * max(1, most // filled)
     slabs = max(1, -(-total // most))
     return min(total, -(-total // (128 * slabs)) * 128)
 
@@ -111,7 +118,7 @@ def linear(
             assert lora_b is not None
             assert u is not None
             _multiply(bias, u.reshape(m, lora_b.shape[1]), (lora_b * scaling).to(x.dtype).t(), y)
-        step = _slab_size(n, k, x.element_size())
+        step = _slab_size(m, n, k, x.element_size(), device.kernels.processors())
         room = torch.empty(step, left.shape[1], dtype=x.dtype, device=x.device)  # one for all: it is in L2
         for first in range(0, n, step or 1):
             count = min(step, n - first)
@@ -141,7 +148,7 @@ def grad_input(
             assert lora_a is not None
             assert v is not None
             _multiply(None, v.reshape(m, lora_a.shape[0]), lora_a.to(dy.dtype), dx)
-        step = _slab_size(k, n, dy.element_size())
+        step = _slab_size(m, k, n, dy.element_size(), device.kernels.processors())
         room = torch.empty(inner * -(-step // aligned) * aligned, dtype=dy.dtype, device=dy.device)
         for first in range(0, k, step or 1):
             count = min(step, k - first)

@@ -11,6 +11,8 @@ namespace fastlora {
 
 // Of a build with CUDA, on a machine with a driver and a device.
 int cuda_device_count();
+// Processors (SMs) of the current device; 0 after an error.
+int cuda_processors();
 // What the last kDeviceError was.
 const char* cuda_error();
 
