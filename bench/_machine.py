@@ -39,12 +39,6 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def default_name() -> str:
-    """For the result files: the processor and the threads used, e.g. amd-epyc-2-threads."""
-    name = re.sub(r"\(.*?\)|@.*|CPU|Processor", " ", processor())
-    return slug(f"{name} {torch.get_num_threads()} threads")
-
-
 def commit() -> str:
     """The commit that was measured, with -dirty if the tree differs from it ("unknown" outside git)."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
@@ -59,13 +53,9 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def describe() -> dict[str, str]:
-    """One line each of the results' header."""
+def software() -> dict[str, str]:
+    """What of it matters, one line each of the results' header."""
     return {
-        "machine": processor(),
-        "threads": str(torch.get_num_threads()),
-        "last-level cache": f"{last_level_cache_bytes() / 2**20:.0f} MiB",
-        "level": fastlora.current_isa(),
         "fastlora": f"{fastlora.__version__} at {commit()}",
         "torch": torch.__version__,
         **{name: _version(name) for name in ("bitsandbytes", "peft", "torchao")},
