@@ -118,7 +118,7 @@ def _lines(axis: Any, rows: list[Row], base: str) -> None:
 
 
 def _draw_speed(plt: Any, results: Results) -> Any:
-    """Speed as multiples of dense: all contenders at the first shape, and fastlora over the targets' shapes."""
+    """Multiples of dense: all contenders at the first shape, and fastlora over the targets' shapes."""
     forward, dx, train = (_main_rows(results, op) for op in ("forward", "dx", "training step"))
     panels: list[Any] = []
     if forward:

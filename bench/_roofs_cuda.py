@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from _timing_cuda import CudaClock
@@ -38,7 +39,7 @@ class CudaRoofs:
         return {
             "copy roof": f"{self.copy_gbps:.0f} GB/s, read and written, {gib:g} GiB on the device",
             "read rate": f"{self.sum_gbps:.0f} GB/s, the sum of {gib:g} GiB of float32",
-            "product roof": f"torch.mm of {_SIDE} x {_SIDE} x {_SIDE}: {products} TFLOP/s (float32 without TF32)",
+            "product roof": f"{products} TFLOP/s, torch.mm of {_SIDE} x {_SIDE} x {_SIDE}, no TF32",
         }
 
 
@@ -48,13 +49,13 @@ def measure(clock: CudaClock, *, quick: bool = False) -> CudaRoofs:
     torch.manual_seed(0)
     source = torch.rand(_BYTES // 4, device="cuda")
     target = torch.empty_like(source)
-    copy = _fastest(clock, lambda: target.copy_(source), rounds)
+    copy = _fastest(clock, partial(target.copy_, source), rounds)
     read = _fastest(clock, source.sum, rounds)
     del source, target
     rates = {}
     for name, dtype in _DTYPES.items():
         a, b = (torch.randn(_SIDE, _SIDE, device="cuda", dtype=dtype) for _ in range(2))
-        seconds = _fastest(clock, lambda a=a, b=b: torch.mm(a, b.t()), rounds)
+        seconds = _fastest(clock, partial(torch.mm, a, b.t()), rounds)
         rates[name] = 2 * _SIDE**3 / seconds / 1e12
     return CudaRoofs(2 * _BYTES / copy / 1e9, _BYTES / read / 1e9, rates)
 

@@ -109,8 +109,8 @@ def table(rows: Iterable[Row]) -> list[str]:
         missed = sum(loss > 1.02 for loss in losses)
         out += [
             "",
-            f"{work}: the choice takes {100 * (geometric_mean(losses) - 1):.1f} % longer than the fastest route "
-            f"in the geometric mean over {len(losses)} sizes, over 2 % longer at {missed} of them, "
+            f"{work}: the choice takes {100 * (geometric_mean(losses) - 1):.1f} % longer than the fastest "
+            f"route in the geometric mean over {len(losses)} sizes, over 2 % longer at {missed} of them, "
             f"{100 * (max(losses) - 1):.0f} % at the worst.",
         ]
     return [*out, ""]

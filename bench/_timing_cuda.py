@@ -2,8 +2,8 @@
 
 Python needs tens of microseconds to launch what the device may do in five. So the device is given something
 else to do first, for longer than the launches take: the call's kernels then wait in the queue, start one
-after the other, and the events around them tell what the device needed. What a call costs the host is measured
-by the suite `overhead`.
+after the other, and the events around them tell what the device needed. What a call costs the host is
+measured by the suite `overhead`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a run's rows reach what is to be reached; the targets are data, in targets_cpu.py and targets_cuda.py.
+"""Whether a run's rows reach the targets, which are data in targets_cpu.py and targets_cuda.py.
 
 python bench/targets.py bench/results/MACHINE.csv
 """

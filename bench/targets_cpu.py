@@ -1,5 +1,5 @@
-"""The targets on a CPU: set for two threads of a machine with AMX, NF4 with double-quantised absmax and an adapter of
-rank 16, bfloat16, as ratios within one run; on another machine they are yardsticks all the same."""
+"""The targets on a CPU: set for two threads of a machine with AMX, NF4 with double-quantised absmax and an
+adapter of rank 16, bfloat16, as ratios within one run; on another machine they are yardsticks all the same."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ TARGETS = (
     ),
     *(
         Target(
-            f"double quantisation on top of plain absmax, m={m}", "linear", "forward", EXTRA, 3, 0, PLAIN, (m,)
+            f"double quantisation on top of plain absmax, m={m}",
+            "linear", "forward", EXTRA, 3, 0, PLAIN, (m,),
         )
         for m in (1, 16, 128, 1024)
     ),

@@ -1,5 +1,5 @@
-"""The targets on a CUDA device: set for an H200, NF4 with double-quantised absmax and an adapter of rank 16 that is
-on, bfloat16, as ratios within one run. A figure is the geometric mean over the rows of x and the four layers."""
+"""The targets on a CUDA device: set for an H200, NF4 with double-quantised absmax and an adapter of rank 16
+that is on, bfloat16, as ratios within one run. A figure is the geometric mean over rows of x and layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bench/: contenders that cannot be had or fail, cases that fail, and how they are timed. Times are not looked at."""
+"""bench/: contenders that cannot be had or fail, cases that fail, and how often they are timed."""
 
 from __future__ import annotations
 
