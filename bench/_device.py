@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +11,7 @@ import _memory
 import _roofs
 import _roofs_cuda
 import torch
-from _machine import last_level_cache_bytes, processor, slug, software
+from _machine import ask, last_level_cache_bytes, processor, slug, software
 from _timing import AnyClock, Clock, Effort
 from _timing_cuda import CudaClock
 
@@ -122,11 +121,6 @@ class Cuda(Device):
         return f"sm_{major}{minor}{'a' if (major, minor) == (9, 0) else ''}"
 
     def describe(self) -> dict[str, str]:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-        except OSError:
-            answer = ""
         device = torch.cuda.get_device_properties()
         return {
             "machine": device.name,
@@ -135,7 +129,7 @@ class Cuda(Device):
             "memory": f"{device.total_memory / 2**30:.0f} GiB",
             "last-level cache": f"{device.L2_cache_size / 2**20:.0f} MiB",
             "level": self.level(),
-            "driver": answer.partition("\n")[0] or "unknown",
+            "driver": ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
             "CUDA of torch": str(torch.version.cuda),
             "host": processor(),
             **software(),

@@ -39,11 +39,18 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+def ask(*command: str) -> str:
+    """The first line of what a program says, here; "unknown" where it says nothing or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip().partition("\n")[0] or "unknown"
+
+
 def commit() -> str:
     """The commit that was measured, with -dirty if the tree differs from it ("unknown" outside git)."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    return done.stdout.strip() or "unknown"
+    return ask("git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*")
 
 
 def _version(package: str) -> str:

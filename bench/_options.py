@@ -17,20 +17,20 @@ def _listed(convert: Callable[[str], object]) -> Callable[[str], list]:
     return lambda text: [convert(part.strip()) for part in text.split(",")]
 
 
-def _shape(text: str) -> tuple[int, int]:
+def shape(text: str) -> tuple[int, int]:
     n, times, k = text.partition("x")
     if not times or int(n) < 1 or int(k) < 1:
         raise ValueError
     return int(n), int(k)
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     if int(text) < 1:
         raise ValueError
     return int(text)
 
 
-_shape.__name__, _count.__name__ = (
+shape.__name__, count.__name__ = (
     "shape (n x k, as 4096x4096)",
     "count",
 )  # what argparse calls them in errors
@@ -49,8 +49,8 @@ def parser(description: str) -> argparse.ArgumentParser:
         help=f"{', '.join(SUITES)} or all (default); may be repeated",
     )
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--shapes", type=_listed(_shape), metavar="NxK,...", help="out x in; default: real layers")
-    add("--rows", type=_listed(_count), metavar="M,...", help="default: each suite's own")
+    add("--shapes", type=_listed(shape), metavar="NxK,...", help="out x in; default: real layers")
+    add("--rows", type=_listed(count), metavar="M,...", help="default: each suite's own")
     add("--ranks", type=_listed(int), metavar="R,...", default=[16], help="default 16; 0 is no adapter")
     add(
         "--dtype",
@@ -59,11 +59,11 @@ def parser(description: str) -> argparse.ArgumentParser:
         help=f"of {', '.join(DTYPES)}; default: each suite's own",
     )
     add("--isa", choices=LEVELS, help="force fastlora's level; avx2 caps the dense libraries too")
-    add("--threads", type=_count, metavar="N", help="default: torch's")
+    add("--threads", type=count, metavar="N", help="default: torch's")
     add("--peers", type=_listed(str), metavar="NAME,...", help="names or their beginnings; default: all")
     add(
         "--rounds",
-        type=_count,
+        type=count,
         metavar="N",
         help="most timed calls of a contender at a size, default 25, on a GPU 40",
     )

@@ -1,5 +1,5 @@
 """The targets on a CPU: set for two threads of a machine with AMX, NF4 with double-quantised absmax and an
-adapter of rank 16, bfloat16, as ratios within one run; on another machine they are yardsticks all the same."""
+adapter of rank 16, bfloat16, as ratios within one run; elsewhere they are yardsticks all the same."""
 
 from __future__ import annotations
 

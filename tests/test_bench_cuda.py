@@ -1,9 +1,10 @@
-"""bench/run.py --device cuda, whole, on the emulated kernels: what is measured, by which route, and what is written.
-Times are the emulator's, and mean nothing."""
+"""bench/run.py --device cuda, whole, on the emulated kernels: what is measured, by which route, and what is
+written. Times are the emulator's, and mean nothing."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import devices
 import pytest
@@ -125,12 +126,23 @@ def test_the_page_has_the_devices_targets(run):
     assert plots == {"an-emulated-gpu-speed.png", "an-emulated-gpu-roof.png"}
 
 
+def test_the_results_fit_readmes_table(run, monkeypatch):
+    folder, _, results = run
+    readme_table, io = module("readme_table"), module("_results")
+    about = results.about | {"torch": "2", "bitsandbytes": "0"}
+    io.write_csv(folder / "bench" / "results" / "gpu.csv", dataclasses.replace(results, about=about))
+    monkeypatch.setattr(readme_table, "ROOT", folder)
+    table = readme_table.table("gpu")
+    ours = next(r for r in results.rows if (r.peer, r.op, r.m) == ("fastlora", "forward", 1))
+    assert "Median us of one 128 x 192 layer" in table
+    assert f" {ours.p50_us:.1f} |" in table
+    assert "An emulated GPU, level `sm_90a`, torch 2" in table
+
+
 @pytest.fixture(scope="module")
 def by_route(tmp_path_factory, device_kind):
     folder = tmp_path_factory.mktemp("routes")
-    return folder, *measured(
-        folder, device_kind, "--routes", "all", "--shapes", f"{N}x{K}", "--rows", "4,24"
-    )
+    return folder, *measured(folder, device_kind, "--routes", "all", "--shapes", f"{N}x{K}", "--rows", "4,24")
 
 
 def test_every_route_that_can_take_a_call_is_measured(by_route):
@@ -170,7 +182,7 @@ def test_the_routes_asked_for_are_the_ones_that_ran(device_kind, monkeypatch):
 
 
 def test_the_table_of_routes_is_written(by_route):
-    folder, _, results = by_route
+    folder, _, _ = by_route
     page = (folder / "an-emulated-gpu-routes.md").read_text()
     assert "| work | n x k | m | decode | tile | warpgroup | dense | chosen | fastest | loss |" in page
     assert page.count(f"| forward, bfloat16, r 8 | {N}x{K} |") == 2
@@ -211,7 +223,25 @@ def test_what_is_packed_for_a_cpu_is_absent_on_a_device():
         pytest.skip("torchao is not installed")
     problem = module("_problem").Problem(64, 64, 8, "bfloat16")
     problem.device = "cuda"
-    assert peers.build(kinds, problem) == ([], {"torchao int4": "this tensor is packed for torch's CPU kernel"})
+    built, absent = peers.build(kinds, problem)
+    assert (built, absent) == ([], {"torchao int4": "this tensor is packed for torch's CPU kernel"})
+
+
+def test_one_call_is_profiled_after_some_like_it(device_kind, monkeypatch, capsys):
+    calls, events = [], []
+    monkeypatch.setattr(module("_device"), "Cuda", device_kind)
+    monkeypatch.setattr(sys, "argv", ["one_call.py", "dx", f"{N}x{K}", "5", "--route", "tile"])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: events.append(len(calls)))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: events.append(len(calls)))
+    with devices.device("cuda_emulated"):
+        op = torch.ops.fastlora.nf4_linear_grad_input
+        monkeypatch.setattr(
+            torch.ops.fastlora, "nf4_linear_grad_input", lambda *args: (calls.append(1), op(*args))[1]
+        )
+        module("one_call").main()
+    assert events == [3, 4]
+    assert capsys.readouterr().out.startswith(f"dx {N}x{K} m 5: tile ")
 
 
 @pytest.mark.parametrize("lacking", ["device", "kernels"])
