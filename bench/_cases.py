@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 
 import _options
@@ -32,11 +36,17 @@ def cases_of(plan: Plan) -> list[Case]:
     return sorted(found, key=lambda case: order[case.problem])
 
 
-def measure(cases: list[Case], context: Context, limit: float | None = None) -> list[Row]:
+def measure(
+    cases: list[Case],
+    context: Context,
+    limit: float | None = None,
+    give_up: Callable[[list[Row]], None] = lambda rows: None,
+) -> list[Row]:
     """Runs the cases; the bar counts expected seconds, building the contenders included.
 
     A case that fails is named in the context, and the others go on, unless the device is lost. limit: after
-    so many seconds no case is begun.
+    so many seconds no case is begun. give_up: called, in another thread, with the rows so far when a case
+    takes longer than the device's patience: a kernel that hangs cannot be stopped.
     """
     pace, began = context.device.pace, time.monotonic()
 
@@ -62,10 +72,11 @@ def measure(cases: list[Case], context: Context, limit: float | None = None) -> 
                     break
                 bar.set_description(case.title(), refresh=False)
                 try:
-                    if problem is None:
-                        problem = Problem(*key, context.device.where)
-                        advance(building(key))
-                    rows += case.run(case, context, problem)
+                    with _watched(case, context, partial(give_up, rows)):
+                        if problem is None:
+                            problem = Problem(*key, context.device.where)
+                            advance(building(key))
+                        rows += case.run(case, context, problem)
                 except Exception as error:
                     traceback.print_exc()
                     context.failed[case.title()] = reason(error)
@@ -77,6 +88,26 @@ def measure(cases: list[Case], context: Context, limit: float | None = None) -> 
     if done < len(cases):
         context.absent[f"{len(cases) - done} of {len(cases)} cases"] = f"not begun within {limit:g} s"
     return _in_order(rows)
+
+
+@contextmanager
+def _watched(case: Case, context: Context, give_up: Callable[[], None]) -> Iterator[None]:
+    patience = context.device.patience
+    if patience is None:
+        yield
+        return
+
+    def hangs() -> None:
+        context.failed[case.title()] = f"had not ended after {patience:g} s"
+        give_up()
+
+    timer = threading.Timer(patience, hangs)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _in_order(rows: list[Row]) -> list[Row]:

@@ -50,6 +50,7 @@ class Device:
     kernels: Any = None
     effort = Effort()
     pace = Pace(0.15e12, 0.35e12, 20e9, 1e-5, 60e-9, _SLOW_ON_A_CPU)
+    patience: float | None = None  # seconds after which a case is taken to hang
 
     def refuse(self) -> str | None:
         """Why it cannot be measured."""
@@ -97,8 +98,12 @@ class Cuda(Device):
 
     kind = where = "cuda"
     kernels = getattr(fastlora._C, "cuda", None)
-    effort = Effort(seconds=0.12, least=5, most=40)
+    effort = Effort(seconds=0.2, least=5, most=100)
     pace = Pace(40e12, 400e12, 2e12, 5e-4, 3e-9)
+    patience = 60.0
+
+    def __init__(self) -> None:
+        torch.set_float32_matmul_precision("highest")  # whatever the environment says of TF32
 
     def refuse(self) -> str | None:
         if not torch.cuda.is_available():

@@ -61,13 +61,13 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--isa", choices=LEVELS, help="force fastlora's level; avx2 caps the dense libraries too")
     add("--threads", type=count, metavar="N", help="default: torch's")
     add("--peers", type=_listed(str), metavar="NAME,...", help="names or their beginnings; default: all")
+    add("--rounds", type=count, metavar="N", help="most timed calls at a size, default 25 (a GPU: 100)")
     add(
-        "--rounds",
-        type=count,
-        metavar="N",
-        help="most timed calls of a contender at a size, default 25, on a GPU 40",
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="about so long for one at a size, default 0.12 (a GPU: 0.2)",
     )
-    add("--seconds", type=float, metavar="S", help="about so long for a contender at a size, default 0.12")
     add(
         "--routes",
         type=_listed(str),

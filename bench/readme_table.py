@@ -65,8 +65,8 @@ def table(machine: str) -> str:
     unit = "us" if on_cuda else "ms"
     others = "without one in `forward` and `dx`, and through PEFT in `training step`" if bare else "too"
     out = [
-        f"Median {unit} of one {first.n} x {first.k} layer, {first.dtype}. fastlora runs with a rank-{first.r} "
-        f"adapter; the others {others}:",
+        f"Median {unit} of one {first.n} x {first.k} layer, {first.dtype}. fastlora runs with a "
+        f"rank-{first.r} adapter; the others {others}:",
         "",
         "| | rows | dense | bitsandbytes | fastlora | over dense | over bitsandbytes "
         "| error: dense | bitsandbytes | fastlora |",

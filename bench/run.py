@@ -35,6 +35,7 @@ from _cases import cases_of, measure
 from _plots import plot
 from _results import (
     Results,
+    Row,
     bench_line,
     by_case,
     columns,
@@ -149,18 +150,29 @@ def main(options: argparse.Namespace) -> int:
             wanted_peers(options.peers),
             {} if roofs else {"roofs": why},
         )
+        name = options.machine or device.name() + ("-routes" if options.routes else "")
+
+        def finish(rows: list[Row]) -> int:
+            about["took"] = f"{time.time() - began:.0f} s"
+            failed = {f"{case} (failed)": why for case, why in context.failed.items()}
+            results = Results(about, context.absent | failed, rows)
+            show(results, Console(highlight=False, markup=False, width=max(220, Console().width)))
+            write(results, options, name)
+            return 1 if failed else 0
+
+        def give_up(rows: list[Row]) -> None:
+            try:
+                finish(list(rows))
+                sys.stdout.flush()
+            finally:
+                os._exit(1)
+
         plan = plan_of(options)
-        rows = measure(cases_of(plan), context, options.limit)
+        rows = measure(cases_of(plan), context, options.limit, give_up)
         if plan.default and "linear" in plan.suites and not (options.isa or options.peers or options.routes):
             capped = at_avx2(options) if device.kind == "cpu" else None
             rows += capped.rows if capped else []
-    about["took"] = f"{time.time() - began:.0f} s"
-    failed = {f"{name} (failed)": why for name, why in context.failed.items()}
-    results = Results(about, context.absent | failed, rows)
-    show(results, Console(highlight=False, markup=False, width=max(170, Console().width)))
-    name = options.machine or device.name() + ("-routes" if options.routes else "")
-    write(results, options, name)
-    return 1 if failed else 0
+    return finish(rows)
 
 
 def write(results: Results, options: argparse.Namespace, name: str) -> None:

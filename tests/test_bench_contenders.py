@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from bench_parts import a_case, a_context, bench_on_path, module, one_row  # noqa: F401
 
@@ -77,6 +79,27 @@ def test_nothing_is_measured_on_a_lost_device():
     rows = module("_cases").measure([a_case(one_row), a_case(fail, m=4), a_case(one_row, m=5)], context)
     assert [row.m for row in rows] == [3]
     assert context.failed["all that comes after"] == "the device is lost"
+
+
+def test_a_case_that_hangs_ends_the_run_with_what_there_is():
+    class Impatient(module("_device").Device):
+        patience = 0.05
+
+    given_up = []
+    stop = threading.Event()
+
+    def give_up(rows):
+        given_up.append([row.m for row in rows])
+        stop.set()
+
+    def hang(case, context, problem):
+        assert stop.wait(60)
+        return []
+
+    context = a_context(device=Impatient())
+    module("_cases").measure([a_case(one_row), a_case(hang, m=4)], context, give_up=give_up)
+    assert given_up == [[3]]
+    assert context.failed == {"forward 64x64 m 4": "had not ended after 0.05 s"}
 
 
 def test_a_limit_ends_the_run_and_says_so():

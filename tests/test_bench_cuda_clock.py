@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,6 +152,51 @@ def test_the_roofs_are_rates(simulated, monkeypatch):
     assert roofs.sum_gbps == pytest.approx(2**30 / 0.5e-3 / 1e9, rel=1e-3)
     assert list(roofs.product_tflops) == ["bfloat16", "float16", "float32"]
     assert list(roofs.product_tflops.values()) == pytest.approx([2 * 8192**3 / 2e-3 / 1e12] * 3, rel=1e-3)
+
+
+def test_the_header_is_of_properties_that_torch_has(monkeypatch):
+    stub = (Path(torch.__file__).parent / "_C" / "__init__.pyi").read_text()
+    body = re.search(r"^class _CudaDeviceProperties:\n((?:    .*\n)+)", stub, re.MULTILINE)
+    names = dict(re.findall(r"^    (\w+): (\w+)$", body[1], re.MULTILINE))
+    properties = SimpleNamespace(
+        **{n: "NVIDIA H200" if kind == "str" else 2**20 for n, kind in names.items()}
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: properties.name)
+    device = module("_device").Cuda()
+    about = device.describe()
+    assert (about["machine"], about["device"], about["level"]) == ("NVIDIA H200", "cuda", "sm_90a")
+    assert about["last-level cache"] == "1 MiB"
+    assert device.name() == "nvidia-h200"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    assert device.level() == "sm_86"
+
+
+def test_memory_is_the_allocators_peak_beside_what_was_there(monkeypatch):
+    held = {"now": 1000, "peak": 99999}
+
+    def call():
+        held["peak"] = max(held["peak"], held["now"] + 250)
+
+    def reset():
+        held["peak"] = held["now"]
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: held["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: held["peak"])
+    assert module("_device").Cuda().peak_growth(call) == 250
+
+
+def test_a_device_with_an_error_that_stays_is_lost(monkeypatch):
+    def fail():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fail)
+    assert not module("_device").Cuda().usable()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert module("_device").Cuda().usable()
 
 
 def test_a_layer_is_held_against_the_slower_of_moving_and_multiplying():

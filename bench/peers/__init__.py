@@ -10,6 +10,7 @@ import importlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from functools import cache, partial
 
 import _options
 import torch
@@ -122,13 +123,23 @@ def find(names: Iterable[str]) -> tuple[list[type[Peer]], dict[str, str]]:
     found: list[type[Peer]] = []
     absent: dict[str, str] = {}
     wanted = set(names)
-    for name, (module, cls) in REGISTRY.items():
+    for name, where in REGISTRY.items():
         if name in wanted:
-            try:
-                found.append(getattr(importlib.import_module(f"peers.{module}"), cls))
-            except Exception as error:  # a library may fail in many ways while it is loaded
-                absent[name] = reason(error)
+            loaded = _load(*where)
+            if isinstance(loaded, str):
+                absent[name] = loaded
+            else:
+                found.append(loaded)
     return found, absent
+
+
+@cache
+def _load(module: str, cls: str) -> type[Peer] | str:
+    """The class, or why not; asked once, as an import that fails may take seconds."""
+    try:
+        return getattr(importlib.import_module(f"peers.{module}"), cls)
+    except Exception as error:  # a library may fail in many ways while it is loaded
+        return reason(error)
 
 
 def build(kinds: Iterable[type[Peer]], problem: Problem) -> tuple[list[Peer], dict[str, str]]:
@@ -136,13 +147,21 @@ def build(kinds: Iterable[type[Peer]], problem: Problem) -> tuple[list[Peer], di
     built: list[Peer] = []
     absent: dict[str, str] = {}
     for kind in kinds:
-        try:
-            built.append(problem.once(f"peer {kind.name}", lambda kind=kind: kind(problem)))
-        except Exception as error:
-            if kind.name.startswith(OURS) and not isinstance(error, Unsupported):
-                raise
-            absent[kind.name] = reason(error)
+        made = problem.once(f"peer {kind.name}", partial(_build, kind, problem))
+        if isinstance(made, str):
+            absent[kind.name] = made
+        else:
+            built.append(made)
     return built, absent
+
+
+def _build(kind: type[Peer], problem: Problem) -> Peer | str:
+    try:
+        return kind(problem)
+    except Exception as error:
+        if kind.name.startswith(OURS) and not isinstance(error, Unsupported):
+            raise
+        return reason(error)
 
 
 def reason(error: Exception) -> str:
