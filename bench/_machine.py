@@ -39,17 +39,18 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def default_name() -> str:
-    """For the result files: the processor and the threads used, e.g. amd-epyc-2-threads."""
-    name = re.sub(r"\(.*?\)|@.*|CPU|Processor", " ", processor())
-    return slug(f"{name} {torch.get_num_threads()} threads")
+def ask(*command: str) -> str:
+    """The first line of what a program says, here; "unknown" where it says nothing or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip().partition("\n")[0] or "unknown"
 
 
 def commit() -> str:
     """The commit that was measured, with -dirty if the tree differs from it ("unknown" outside git)."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent)
-    return done.stdout.strip() or "unknown"
+    return ask("git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*")
 
 
 def _version(package: str) -> str:
@@ -59,13 +60,9 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def describe() -> dict[str, str]:
-    """One line each of the results' header."""
+def software() -> dict[str, str]:
+    """What of it matters, one line each of the results' header."""
     return {
-        "machine": processor(),
-        "threads": str(torch.get_num_threads()),
-        "last-level cache": f"{last_level_cache_bytes() / 2**20:.0f} MiB",
-        "level": fastlora.current_isa(),
         "fastlora": f"{fastlora.__version__} at {commit()}",
         "torch": torch.__version__,
         **{name: _version(name) for name in ("bitsandbytes", "peft", "torchao")},

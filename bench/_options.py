@@ -9,6 +9,7 @@ from pathlib import Path
 
 SUITES = ("quantize", "linear", "backward", "train", "memory", "overhead")
 DTYPES = ("float32", "bfloat16", "float16")
+ROUTES = ("decode", "tile", "warpgroup", "dense")  # of fastlora's CUDA kernels
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")
 
 
@@ -16,20 +17,20 @@ def _listed(convert: Callable[[str], object]) -> Callable[[str], list]:
     return lambda text: [convert(part.strip()) for part in text.split(",")]
 
 
-def _shape(text: str) -> tuple[int, int]:
+def shape(text: str) -> tuple[int, int]:
     n, times, k = text.partition("x")
     if not times or int(n) < 1 or int(k) < 1:
         raise ValueError
     return int(n), int(k)
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     if int(text) < 1:
         raise ValueError
     return int(text)
 
 
-_shape.__name__, _count.__name__ = (
+shape.__name__, count.__name__ = (
     "shape (n x k, as 4096x4096)",
     "count",
 )  # what argparse calls them in errors
@@ -48,8 +49,8 @@ def parser(description: str) -> argparse.ArgumentParser:
         help=f"{', '.join(SUITES)} or all (default); may be repeated",
     )
     add("--device", choices=("cpu", "cuda"), default="cpu")
-    add("--shapes", type=_listed(_shape), metavar="NxK,...", help="out x in; default: eight real layers")
-    add("--rows", type=_listed(_count), metavar="M,...", help="default: each suite's own")
+    add("--shapes", type=_listed(shape), metavar="NxK,...", help="out x in; default: real layers")
+    add("--rows", type=_listed(count), metavar="M,...", help="default: each suite's own")
     add("--ranks", type=_listed(int), metavar="R,...", default=[16], help="default 16; 0 is no adapter")
     add(
         "--dtype",
@@ -58,10 +59,22 @@ def parser(description: str) -> argparse.ArgumentParser:
         help=f"of {', '.join(DTYPES)}; default: each suite's own",
     )
     add("--isa", choices=LEVELS, help="force fastlora's level; avx2 caps the dense libraries too")
-    add("--threads", type=_count, metavar="N", help="default: torch's")
+    add("--threads", type=count, metavar="N", help="default: torch's")
     add("--peers", type=_listed(str), metavar="NAME,...", help="names or their beginnings; default: all")
-    add("--rounds", type=_count, metavar="N", help="most timed calls of a contender at a size, default 25")
-    add("--seconds", type=float, metavar="S", help="about so long for a contender at a size, default 0.12")
+    add("--rounds", type=count, metavar="N", help="most timed calls at a size, default 25 (a GPU: 100)")
+    add(
+        "--seconds",
+        type=float,
+        metavar="S",
+        help="about so long for one at a size, default 0.12 (a GPU: 0.2)",
+    )
+    add(
+        "--routes",
+        type=_listed(str),
+        metavar="NAME,...",
+        help=f"with --device cuda: fastlora by each of {', '.join(ROUTES)} (or all), beside its own choice",
+    )
+    add("--limit", type=float, metavar="S", help="begin no case after so many seconds")
     caches = made.add_mutually_exclusive_group()
     caches.add_argument("--cold", action="store_true", help="empty the caches before every call (default)")
     caches.add_argument("--warm", action="store_true", help="call once before every timed call instead")
@@ -70,7 +83,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     add("--csv", type=Path, metavar="FILE")
     add("--plot", type=Path, metavar="DIR", help="PNG plots")
     add("--save", type=Path, metavar="DIR", help="<machine>.csv, <machine>.md and the plots, all in DIR")
-    add("--machine", metavar="NAME", help="name of the files in DIR, default from the processor and threads")
+    add("--machine", metavar="NAME", help="name of the files in DIR, default from what was measured")
     return made
 
 
@@ -79,11 +92,23 @@ def parse(description: str, arguments: list[str] | None = None) -> argparse.Name
     made = parser(description)
     options = made.parse_args(arguments)
     given = options.suite or ["all"]
-    for values, known in ((given, (*SUITES, "all")), (options.dtype or [], DTYPES)):
+    routes = options.routes or []
+    for values, known in (
+        (given, (*SUITES, "all")),
+        (options.dtype or [], DTYPES),
+        (routes, (*ROUTES, "all")),
+    ):
         if not set(values) <= set(known):
             made.error(f"expected some of {', '.join(known)}, got {','.join(values)}")
     if min(options.ranks) < 0:
         made.error(f"expected ranks of at least 0, got {options.ranks}")
+    if options.device == "cpu" and routes:
+        made.error("expected --device cuda with --routes")
+    if options.device == "cuda" and options.isa:
+        made.error("expected --device cpu with --isa")
+    options.routes = ROUTES if "all" in routes else tuple(name for name in ROUTES if name in routes)
+    if options.routes and not options.suite:
+        given = ["linear", "backward"]
     options.suite = SUITES if "all" in given else tuple(name for name in SUITES if name in given)
     return options
 

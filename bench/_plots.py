@@ -6,14 +6,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-from _results import DENSE, OURS, Results, Row, geometric_mean
+from _results import BITSANDBYTES, DENSE, OURS, Results, Row, geometric_mean
+from _sizes import targeted
 
-FIVE = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (11008, 4096))
 _COLORS = {
     DENSE: "#555555",
     "dense + LoRA (PEFT)": "#9a9a9a",
     "bitsandbytes, training mode": "#e07b39",
     "bitsandbytes, eval mode": "#f2b134",
+    BITSANDBYTES: "#f2b134",
     "PEFT on bitsandbytes": "#a84f1d",
     "torchao NF4": "#8e6bbf",
     "torchao int4": "#c39bd3",
@@ -35,17 +36,18 @@ def plot(folder: Path, name: str, results: Results) -> list[Path]:
         for kind, draw in (("speed", _draw_speed), ("roof", _draw_roof)):
             figure = draw(plt, results)
             if figure is not None:
-                about = results.about
-                caches = "/".join(dict.fromkeys(row.cache for row in results.rows if row.op == "forward"))
-                figure.suptitle(
-                    f"{about.get('machine', '')}, {about.get('threads', '')} threads, level "
-                    f"{about.get('level', '')}, {caches} caches",
-                    fontsize=10,
-                )
+                figure.suptitle(_title(results), fontsize=10)
                 written.append(folder / f"{name}-{kind}.png")
                 figure.savefig(written[-1])
                 plt.close(figure)
     return written
+
+
+def _title(results: Results) -> str:
+    about = results.about
+    threads = f", {about['threads']} threads" if "threads" in about else ""
+    caches = "/".join(dict.fromkeys(row.cache for row in results.rows if row.op == "forward"))
+    return f"{about.get('machine', '')}{threads}, level {about.get('level', '')}, {caches} caches"
 
 
 def _main_rows(results: Results, op: str, dtype: str = "bfloat16") -> list[Row]:
@@ -116,7 +118,7 @@ def _lines(axis: Any, rows: list[Row], base: str) -> None:
 
 
 def _draw_speed(plt: Any, results: Results) -> Any:
-    """Speed as multiples of dense: all contenders at the first shape, and fastlora over the five shapes."""
+    """Multiples of dense: all contenders at the first shape, and fastlora over the targets' shapes."""
     forward, dx, train = (_main_rows(results, op) for op in ("forward", "dx", "training step"))
     panels: list[Any] = []
     if forward:
@@ -146,7 +148,7 @@ def _draw_speed(plt: Any, results: Results) -> Any:
     if means:
         axis = axes[-1]
         for (op, rows), color in zip(means, ("#1368ce", "#2a9d63"), strict=False):
-            _mean_line(axis, rows, op, color)
+            _mean_line(axis, rows, op, color, targeted(results.about.get("device", "cpu")))
         axis.axhline(1, color=_COLORS[DENSE], linewidth=1.3)
         _ratio_ticks(axis)
         ms = sorted({row.m for _, rows in means for row in rows if row.peer == OURS})
@@ -156,9 +158,9 @@ def _draw_speed(plt: Any, results: Results) -> Any:
     return figure
 
 
-def _mean_line(axis: Any, rows: list[Row], op: str, color: str) -> None:
+def _mean_line(axis: Any, rows: list[Row], op: str, color: str, over: tuple[tuple[int, int], ...]) -> None:
     by_row: dict[int, list[float]] = {}
-    shapes = [shape for shape in FIVE if any((row.n, row.k) == shape for row in rows)]
+    shapes = [shape for shape in over if any((row.n, row.k) == shape for row in rows)]
     shapes = shapes or [(rows[0].n, rows[0].k)]
     for shape in shapes:
         ms, ratios = _over([row for row in rows if (row.n, row.k) == shape], DENSE, OURS)
@@ -171,7 +173,7 @@ def _mean_line(axis: Any, rows: list[Row], op: str, color: str) -> None:
 
 
 def _draw_roof(plt: Any, results: Results) -> Any:
-    """Per cent of the roof that the run measured: reading for a few rows, arithmetic for many."""
+    """Per cent of the roof that the run measured: memory for a few rows, arithmetic for many."""
     panels = [(op, _first_shape(_main_rows(results, op))) for op in ("forward", "dx", "training step")]
     panels = [(op, rows) for op, rows in panels if any(row.roof_percent is not None for row in rows)]
     if not panels:
@@ -180,9 +182,9 @@ def _draw_roof(plt: Any, results: Results) -> Any:
     for axis, (op, rows) in zip(axes, panels, strict=True):
         for peer, color in _COLORS.items():
             ours = peer == OURS
-            for bound in ("read", "product"):
+            for memory in (True, False):
                 line = [row for row in rows if row.peer == peer and row.roof_percent is not None]
-                line = [row for row in line if row.roof.startswith("read") == (bound == "read")]
+                line = [row for row in line if _is_memory(row) == memory]
                 axis.plot(
                     [row.m for row in line],
                     [row.roof_percent for row in line],
@@ -191,7 +193,7 @@ def _draw_roof(plt: Any, results: Results) -> Any:
                     markersize=4 if ours else 3,
                     linewidth=2.4 if ours else 1.3,
                     zorder=3 if ours else 2,
-                    label=peer if line and bound == "product" else None,
+                    label=peer if line and not (memory and _has_product(rows, peer)) else None,
                 )
         _mark_roofs(axis, rows)
         first = rows[0]
@@ -211,13 +213,22 @@ def _draw_roof(plt: Any, results: Results) -> Any:
     return figure
 
 
+def _is_memory(row: Row) -> bool:
+    return row.roof.startswith(("read", "copy"))
+
+
+def _has_product(rows: list[Row], peer: str) -> bool:
+    return any(row.roof and not _is_memory(row) for row in rows if row.peer == peer)
+
+
 def _mark_roofs(axis: Any, rows: list[Row]) -> None:
-    """A dotted line between the rows held against one roof and those held against the other."""
-    read = [row.m for row in rows if row.roof.startswith("read")]
-    product = [row for row in rows if row.roof and not row.roof.startswith("read")]
-    if not read or not product:
+    """A dotted line between fastlora's rows held against one roof and those held against the other."""
+    rows = [row for row in rows if row.peer == OURS]
+    memory = [row for row in rows if _is_memory(row)]
+    product = [row for row in rows if row.roof and not _is_memory(row)]
+    if not memory or not product:
         return
-    border = math.sqrt(max(read) * min(row.m for row in product))
+    border = math.sqrt(max(row.m for row in memory) * min(row.m for row in product))
     axis.axvline(border, color="#888888", linewidth=1, linestyle=":")
-    for x, side, text in ((border, "right", "read "), (border, "left", f" {product[0].roof}")):
+    for x, side, text in ((border, "right", f"{memory[0].roof} "), (border, "left", f" {product[0].roof}")):
         axis.text(x, 0.99, text, transform=axis.get_xaxis_transform(), ha=side, va="top", color="#666666")

@@ -17,24 +17,27 @@ _ROWS, _COLUMNS = 48, 256  # of the results that are checked: float64 over all o
 @dataclass
 class Problem:
     """y = x·weightᵀ + SCALING·(x·lora_aᵀ)·lora_bᵀ; weight (n, k), lora_a (r, k), lora_b (n, r), float32
-    tensors rounded to `dtype`, so that every layer starts from the same numbers. `shared` keeps what several
-    contenders build from them (a quantised weight), so that it is built once."""
+    tensors rounded to `dtype`, so that every layer starts from the same numbers, drawn on the device that
+    they stay on. `shared` keeps what several contenders build from them (a quantised weight), so that it is
+    built once."""
 
     n: int
     k: int
     r: int
     dtype: str
+    device: str = "cpu"
     shared: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.kind = DTYPES[self.dtype]
-        self._generator = torch.Generator().manual_seed(0)
+        self._generator = torch.Generator(self.device).manual_seed(0)
         self.weight = self._normal(self.n, self.k, self.k**-0.5).float()
         self.lora_a = self._normal(self.r, self.k, self.k**-0.5).float()
         self.lora_b = self._normal(self.n, self.r, 0.1 * max(self.r, 1) ** -0.5).float()
 
     def _normal(self, rows: int, columns: int, scale: float) -> Tensor:
-        return torch.randn(rows, columns, generator=self._generator).mul_(scale).to(self.kind)
+        drawn = torch.randn(rows, columns, generator=self._generator, device=self.device)
+        return drawn.mul_(scale).to(self.kind)
 
     def activation(self, m: int) -> Tensor:
         """An input, (m, k) in `dtype`."""
@@ -43,6 +46,10 @@ class Problem:
     def gradient(self, m: int) -> Tensor:
         """A gradient of the output, (m, n) in `dtype`."""
         return self._normal(m, self.n, 1.0)
+
+    def dense(self) -> Tensor:
+        """The weight in `dtype`, made once."""
+        return self.once("dense weight", lambda: self.weight.to(self.kind))
 
     def once(self, key: str, make: Callable[[], Any]) -> Any:
         if key not in self.shared:

@@ -21,7 +21,8 @@ class Row:
     roof allows over the median. arithmetic_error is the relative Frobenius distance to the float64 product
     with the weight as the contender stores it, total_error to that with the weight before quantisation,
     composite_error that of dequantising to bfloat16, a dense product summed in float32 and one rounding, to
-    the first: what arithmetic_error must not exceed. Fields that a row has no use for are None.
+    the first: what arithmetic_error must not exceed. route is the kernel that served it, where there is a
+    choice of them. Fields that a row has no use for are None.
 
     A row of the suite "memory" holds mib, MiB of what op says, instead of times.
     """
@@ -50,6 +51,7 @@ class Row:
     composite_error: float | None = None
     weight_mib: float | None = None
     mib: float | None = None
+    route: str = ""
 
     @property
     def case(self) -> tuple:
@@ -120,7 +122,7 @@ def read_csv(path: Path) -> Results:
 def _row(cells: dict[str, str]) -> Row:
     parsed: dict[str, object] = {}
     for f in fields(Row):
-        text = cells[f.name]
+        text = cells.get(f.name, "")  # of results older than the field
         kind = str(f.type).split(" ")[0]
         parsed[f.name] = (
             text if kind == "str" else None if text == "" else {"int": int, "float": float}[kind](text)
@@ -147,9 +149,10 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def bench_line(row: Row, rows: list[Row]) -> list[str]:
-    """The cells of one row, as the tables and the terminal show it."""
+    """The cells of one row, as the tables and the terminal show it; rows: those of its case."""
+    route = [row.route] if _routed(rows) else []
     if row.p50_us is None:
-        return [str(row.m), row.peer, f"{_cell(row.mib, '.2f')} MiB", *[""] * 8]
+        return [str(row.m), row.peer, f"{_cell(row.mib, '.2f')} MiB", *[""] * 8, *route]
     bitsandbytes = fastest(rows, row, BITSANDBYTES) or f"PEFT on {BITSANDBYTES}"
     digits = 1 if row.p50_us < 100 else 0
     return [
@@ -164,10 +167,20 @@ def bench_line(row: Row, rows: list[Row]) -> list[str]:
         _cell(row.arithmetic_error, ".1e"),
         _cell(row.composite_error, ".1e"),
         _cell(row.total_error, ".1e"),
+        *route,
     ]
 
 
-COLUMNS = (
+def _routed(rows: list[Row]) -> bool:
+    return any(row.route for row in rows)
+
+
+def columns(rows: list[Row]) -> tuple[str, ...]:
+    """The names of the cells."""
+    return (*_COLUMNS, "route") if _routed(rows) else _COLUMNS
+
+
+_COLUMNS = (
     "m",
     "layer",
     "us p50 (p20-p80)",
@@ -182,17 +195,25 @@ COLUMNS = (
 )
 
 
-def markdown_tables(rows: list[Row]) -> list[str]:
-    """A heading and a table for every case."""
+def by_case(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+    """(title, rows) of every case."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.case, []).append(row)
     out = []
     for (suite, op, n, k, r, dtype, level, cache), group in groups.items():
         caches = f", {cache} caches" if cache else ""
-        out += [f"### {suite}: {op}, n {n}, k {k}, r {r}, {dtype}, {level}{caches}", ""]
-        out += [f"| {' | '.join(COLUMNS)} |", "|--:|:--|" + "--:|" * (len(COLUMNS) - 2)]
-        out += [f"| {' | '.join(bench_line(row, rows))} |" for row in group]
+        out.append((f"{suite}: {op}, n {n}, k {k}, r {r}, {dtype}, {level}{caches}", group))
+    return out
+
+
+def markdown_tables(rows: list[Row]) -> list[str]:
+    """A heading and a table for every case."""
+    out = []
+    for title, group in by_case(rows):
+        names = columns(group)
+        out += [f"### {title}", "", f"| {' | '.join(names)} |", "|--:|:--|" + "--:|" * (len(names) - 2)]
+        out += [f"| {' | '.join(bench_line(row, group))} |" for row in group]
         out.append("")
     return out
 
@@ -226,10 +247,12 @@ def mean_table(rows: list[Row]) -> list[str]:
     return [*out, ""]
 
 
-def markdown(results: Results, report: list[str]) -> str:
-    """The page of a machine; report: the targets' lines."""
+def markdown(results: Results, report: list[str], routes: list[str]) -> str:
+    """The page of a machine; report: the targets' lines; routes: those of the table of routes."""
     about = results.about
     out = [f"# {about.get('machine', 'results')}", "", *(f"- {key}: {value}" for key, value in about.items())]
     out += [f"- not measured, {key}: {value}" for key, value in results.absent.items()]
-    out += ["", "## Targets", "", *report, "## Geometric means", "", *mean_table(results.rows)]
+    out += ["", "## Targets", "", *report]
+    out += ["## Routes", "", *routes] if routes else []
+    out += ["## Geometric means", "", *mean_table(results.rows)]
     return "\n".join([*out, "## Everything measured", "", *markdown_tables(results.rows)]).rstrip() + "\n"

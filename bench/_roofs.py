@@ -6,7 +6,7 @@ was not built, results carry no per cent of a roof, and say so.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from _machine import last_level_cache_bytes
 
@@ -25,6 +25,14 @@ class Roofs:
     fma_tflops: float
     bf16_tflops: float | None
     bf16_with: str
+
+    def of_layer(self, m: int, moved: int, flops: float, dtype: str, cold: bool) -> tuple[str, float]:
+        """(name, seconds): reading for a few rows, arithmetic for many."""
+        return self.of_read(moved, cold) if m <= READ_ROWS else self.of_product(flops, dtype)
+
+    def of_quantize(self, read: int, written: int, cold: bool) -> tuple[str, float]:
+        """One read of the weight: what is written is a quarter of it or less."""
+        return self.of_read(read, cold)
 
     def of_read(self, moved: int, cold: bool) -> tuple[str, float]:
         """(name, seconds) of reading `moved` bytes, from where they are before a call."""
@@ -50,9 +58,6 @@ class Roofs:
         if self.bf16_tflops is not None:
             lines["bfloat16 roof"] = f"{self.bf16_tflops:.3f} TFLOP/s, {self.bf16_with}, one operand from L2"
         return lines
-
-    def facts(self) -> dict[str, float | str | None]:
-        return asdict(self)
 
 
 def measure(threads: int, *, quick: bool = False) -> tuple[Roofs | None, str]:

@@ -1,11 +1,15 @@
-"""Timing in turns: A B C A B C ..., so that whatever disturbs the machine disturbs all alike."""
+"""Timing in turns: A B C A B C ..., so that whatever disturbs the machine disturbs all alike.
+
+A clock says how a call is timed; :class:`Clock` by the processor's own, _timing_cuda.CudaClock by the
+device's.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from _machine import last_level_cache_bytes
@@ -50,42 +54,90 @@ class Flush:
         self._buffer.sum()
 
 
-def once(call: Callable[[], Any]) -> tuple[Any, float]:
-    """What the call returns, and its seconds."""
-    begin = time.perf_counter()
-    result = call()
-    return result, time.perf_counter() - begin
+class Watch(Protocol):
+    """Times one call, again and again. expected: the seconds of a sample, what goes before it included."""
+
+    expected: float
+
+    def sample(self) -> None: ...
+
+    def times(self) -> list[float]: ...
+
+
+class AnyClock(Protocol):
+    """cold: the caches are emptied before every timed call, as the other layers of a model would; without it
+    each is preceded by an untimed one of its own, so that it finds the caches as it left them."""
+
+    cold: bool
+
+    def once(self, call: Callable[[], Any]) -> tuple[Any, float]:
+        """What the call returns, done, and its seconds."""
+        ...
+
+    def watch(self, call: Callable[[], object], first: float) -> Watch:
+        """first: the seconds of the call that `once` made."""
+        ...
+
+    def describe(self) -> dict[str, str]:
+        """What of it belongs into the results' header."""
+        ...
+
+
+class Clock:
+    """The processor's. wait: what to wait for after every call, outside the time."""
+
+    def __init__(self, cold: bool, wait: Callable[[], None] = lambda: None) -> None:
+        self.cold, self.wait = cold, wait
+        self._flush = Flush() if cold else None
+
+    def prepare(self, call: Callable[[], object]) -> None:
+        (self._flush or call)()
+        self.wait()
+
+    def once(self, call: Callable[[], Any]) -> tuple[Any, float]:
+        begin = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - begin
+        self.wait()
+        return result, seconds
+
+    def watch(self, call: Callable[[], object], first: float) -> Watch:
+        # A first call pays for what later ones find ready: packed weights, libraries' own choices.
+        usual = self.once(call)[1] if first < 0.1 else first
+        return _Watch(self, call, usual + _FLUSH_SECONDS if self.cold else 2 * usual)
+
+    def describe(self) -> dict[str, str]:
+        return {}
+
+
+class _Watch:
+    def __init__(self, clock: Clock, call: Callable[[], object], expected: float) -> None:
+        self._clock, self._call, self.expected = clock, call, expected
+        self._times: list[float] = []
+
+    def sample(self) -> None:
+        self._clock.prepare(self._call)
+        self._times.append(self._clock.once(self._call)[1])
+
+    def times(self) -> list[float]:
+        return self._times
 
 
 def interleaved(
-    calls: list[Callable[[], object]],
-    effort: Effort,
-    flush: Callable[[], None] | None,
-    first: list[float],
+    calls: list[Callable[[], object]], effort: Effort, clock: AnyClock, first: list[float]
 ) -> list[Times]:
-    """Times every call in turns. first: the seconds of a call of each, which say how many rounds it gets.
+    """Times every call in turns. first: the seconds of a call of each.
 
-    A slow contender has fewer rounds than a fast one, spread evenly over the fast one's. flush: called before
-    every timed call, as the other layers of a model would; without it each call is preceded by an untimed one
-    of its own, so that it finds the caches as it left them.
+    A slow contender has fewer rounds than a fast one, spread evenly over the fast one's.
     """
-    rounds = []
-    for call, seconds in zip(calls, first, strict=True):
-        # A first call pays for what later ones find ready: packed weights, libraries' own choices.
-        usual = once(call)[1] if seconds < 0.1 else seconds
-        rounds.append(effort.rounds(2 * usual if flush is None else usual + _FLUSH_SECONDS))
+    watches = [clock.watch(call, seconds) for call, seconds in zip(calls, first, strict=True)]
+    rounds = [effort.rounds(watch.expected) for watch in watches]
     total = max(rounds, default=0)
-    kept: list[list[float]] = [[] for _ in calls]
     for turn in range(total):
-        for call, times, share in zip(calls, kept, rounds, strict=True):
-            if (turn + 1) * share // total == turn * share // total:
-                continue
-            if flush is not None:
-                flush()
-            else:
-                call()
-            times.append(once(call)[1])
-    return [percentiles(times) for times in kept]
+        for watch, share in zip(watches, rounds, strict=True):
+            if (turn + 1) * share // total > turn * share // total:
+                watch.sample()
+    return [percentiles(watch.times()) for watch in watches]
 
 
 def percentiles(times: list[float]) -> Times:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything to be done with a GPU at hand, in one command, offline: build, test, sanitize, measure. Results and logs
 # go to $1. Needs python3 with torch (a CUDA build), pybind11, scikit-build-core, ninja, pytest, hypothesis; nvcc.
-# bitsandbytes is measured where it is installed, compute-sanitizer used where it is found.
+# bitsandbytes and PEFT are measured where they are installed; compute-sanitizer and ncu used where found.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${1:?expected a folder for the results}
@@ -44,5 +44,12 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "== no compute-sanitizer on PATH: memcheck, racecheck, initcheck and synccheck not run"
 fi
-step bench "$python" bench/gpu.py --out "$out"
+step bench "$python" bench/run.py --device cuda --save "$out" --limit 240
+step routes "$python" bench/run.py --device cuda --routes all --save "$out" --limit 120 \
+  --shapes 4096x4096,14336x4096 --rows 1,2,4,8,16,32,64,128,256,512,1024,2048,4096
+if command -v ncu >/dev/null; then
+  step ncu env PYTHON="$python" bench/ncu.sh "$out"
+else
+  echo "== no ncu on PATH: nothing is profiled"
+fi
 exit $failed

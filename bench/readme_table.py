@@ -21,7 +21,7 @@ BLOCK = re.compile(r"<!-- bench: (?P<machine>\S+) -->\n.*?<!-- /bench -->", re.D
 SHOWN = {  # op to the rows of x that README shows of it
     "forward": (1, 4, 16, 64, 128, 1024),
     "dx": (16, 128, 1024),
-    "training step": (16, 128, 1024),
+    "training step": (16, 128, 1024, 4096),
 }
 
 
@@ -34,8 +34,10 @@ def fastest(rows: list[Row], *names: str) -> Row | None:
     return None
 
 
-def _ms(row: Row | None) -> str:
-    return "" if row is None or row.p50_us is None else f"{row.p50_us / 1e3:.2f}"
+def _time(row: Row | None, on_cuda: bool) -> str:
+    if row is None or row.p50_us is None:
+        return ""
+    return f"{row.p50_us:.1f}" if on_cuda else f"{row.p50_us / 1e3:.2f}"
 
 
 def _error(row: Row | None) -> str:
@@ -59,10 +61,12 @@ def table(machine: str) -> str:
     dense_mib = first.n * first.k * {"float32": 4, "bfloat16": 2, "float16": 2}[first.dtype] / 2**20
     assert quantised.weight_mib is not None
     bare = any(row.peer == DENSE for row in rows)
+    on_cuda = about.get("device") == "cuda"
+    unit = "us" if on_cuda else "ms"
     others = "without one in `forward` and `dx`, and through PEFT in `training step`" if bare else "too"
     out = [
-        f"Median ms of one {first.n} x {first.k} layer, {first.dtype}. fastlora runs with a rank-{first.r} "
-        f"adapter; the others {others}:",
+        f"Median {unit} of one {first.n} x {first.k} layer, {first.dtype}. fastlora runs with a "
+        f"rank-{first.r} adapter; the others {others}:",
         "",
         "| | rows | dense | bitsandbytes | fastlora | over dense | over bitsandbytes "
         "| error: dense | bitsandbytes | fastlora |",
@@ -74,14 +78,17 @@ def table(machine: str) -> str:
         bnb = fastest(here, BITSANDBYTES, f"PEFT on {BITSANDBYTES}")
         ours = next(row for row in here if row.peer == OURS)
         three = (dense, bnb, ours)
-        cells = [op, str(m), *map(_ms, three), _ratio(dense, ours), _ratio(bnb, ours), *map(_error, three)]
+        times = [_time(row, on_cuda) for row in three]
+        cells = [op, str(m), *times, _ratio(dense, ours), _ratio(bnb, ours), *map(_error, three)]
         out.append(f"| {' | '.join(cells)} |")
     caches = "emptied before every call" if first.cache == "cold" else "warm"
     page = f"bench/results/{machine}.md"
+    threads = "" if on_cuda else f", {about['threads']} threads"
+    modes = "" if on_cuda else " (the faster of its two modes)"
     out += [
         "",
-        f"{about['machine']}, {about['threads']} threads, level `{about['level']}`, torch {about['torch']}, "
-        f"bitsandbytes {about['bitsandbytes']} (the faster of its two modes), caches {caches}. Error: "
+        f"{about['machine']}{threads}, level `{about['level']}`, torch {about['torch']}, "
+        f"bitsandbytes {about['bitsandbytes']}{modes}, caches {caches}. Error: "
         f"relative distance to float64 arithmetic on the same stored weight. Rounding the weight to NF4 "
         f"costs both 4-bit layers {quantised.total_error:.1e}, in {dense_mib / quantised.weight_mib:.1f} "
         f"times less memory than {first.dtype}. "

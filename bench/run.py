@@ -24,33 +24,34 @@ import tempfile
 import time
 from collections.abc import Iterable
 from contextlib import ExitStack
-from itertools import groupby
 from pathlib import Path
 
-import _roofs
+import _device
+import _routes
 import peers
 import targets
 import torch
-from _machine import default_name, describe
+from _cases import cases_of, measure
 from _plots import plot
-from _problem import Problem
-from _results import COLUMNS, Results, Row, bench_line, markdown, mean_table, read_json, write_csv, write_json
-from _timing import Effort, Flush
+from _results import (
+    Results,
+    Row,
+    bench_line,
+    by_case,
+    columns,
+    markdown,
+    mean_table,
+    read_json,
+    write_csv,
+    write_json,
+)
+from _sizes import FIVE
+from _timing import Effort
 from rich.console import Console
 from rich.table import Table
-from suites import FIVE, Case, Context, Plan, backward, linear, memory, overhead, quantize, train
-from tqdm import tqdm
+from suites import Context, Plan
 
 import fastlora
-
-SUITES = {
-    "overhead": overhead,  # first, as long as the process is small
-    "quantize": quantize,
-    "linear": linear,
-    "backward": backward,
-    "train": train,
-    "memory": memory,
-}
 
 
 def plan_of(options: argparse.Namespace) -> Plan:
@@ -64,29 +65,15 @@ def plan_of(options: argparse.Namespace) -> Plan:
         many(options.ranks) or (),
         many(options.dtype),
         options.quick,
+        options.device,
+        options.routes,
     )
 
 
-def effort_of(options: argparse.Namespace) -> Effort:
-    default = Effort(seconds=0.02, least=1, most=3) if options.quick else Effort()
+def effort_of(options: argparse.Namespace, default: Effort) -> Effort:
+    default = Effort(seconds=0.02, least=1, most=3) if options.quick else default
     most = options.rounds or default.most
     return Effort(options.seconds or default.seconds, min(default.least, most), most)
-
-
-def cases_of(plan: Plan) -> list[Case]:
-    """All cases, those of one problem together, so that its tensors and contenders are made once."""
-    found = [case for name, suite in SUITES.items() if name in plan.suites for case in suite.cases(plan)]
-    order = {key: i for i, key in enumerate(dict.fromkeys(case.problem for case in found))}
-    return sorted(found, key=lambda case: order[case.problem])
-
-
-def refuse_device(device: str) -> str | None:
-    """Why `device` cannot be measured."""
-    if device == "cuda" and not torch.cuda.is_available():
-        return "run.py: expected a CUDA device for --device cuda, found none"
-    if device == "cuda" and not fastlora._C.cuda_built:
-        return "run.py: expected a build with CUDA kernels for --device cuda, this one holds none"
-    return None
 
 
 def wanted_peers(names: list[str] | None) -> frozenset[str]:
@@ -95,32 +82,6 @@ def wanted_peers(names: list[str] | None) -> frozenset[str]:
     return frozenset(
         peer for peer in peers.REGISTRY if peer in names or any(peer.startswith(f"{n},") for n in names)
     )
-
-
-def measure(cases: list[Case], context: Context) -> list[Row]:
-    """Runs the cases; the bar counts expected seconds, building the contenders included."""
-
-    def building(key: tuple[int, int, int, str]) -> float:
-        return 0.05 + key[0] * key[1] * 60e-9
-
-    rows: list[Row] = []
-    keys = dict.fromkeys(case.problem for case in cases)
-    total = sum(case.cost(context.effort) for case in cases) + sum(map(building, keys))
-    form = "{desc:34.34} {percentage:3.0f} %|{bar}| {elapsed} < {remaining}"
-    with tqdm(total=total, bar_format=form) as bar:
-
-        def advance(seconds: float) -> None:
-            bar.update(min(seconds, total - bar.n))  # sums in another order need not end at the total
-
-        for key, group in groupby(cases, lambda case: case.problem):
-            problem = Problem(*key)
-            advance(building(key))
-            for case in group:
-                bar.set_description(f"{case.op} {case.n}x{case.k} m {case.m}")
-                rows += case.run(case, context, problem)
-                advance(case.cost(context.effort))
-    position = {name: i for i, name in enumerate(_options.SUITES)}
-    return sorted(rows, key=lambda row: position[row.suite])
 
 
 def at_avx2(options: argparse.Namespace) -> Results | None:
@@ -142,27 +103,26 @@ def show(results: Results, console: Console) -> None:
     """The bench lines, the geometric means and the targets, on the terminal."""
     for key, value in results.about.items():
         console.print(f"{key}: {value}")
-    groups: dict[tuple, list[Row]] = {}
-    for row in results.rows:
-        groups.setdefault(row.case, []).append(row)
-    for (suite, op, n, k, r, dtype, level, cache), rows in groups.items():
+    for title, rows in by_case(results.rows):
         table = Table(box=None)
-        for i, name in enumerate(COLUMNS):
+        for i, name in enumerate(columns(rows)):
             table.add_column(name, justify="left" if i == 1 else "right", no_wrap=True, min_width=len(name))
         for row in rows:
-            table.add_row(*bench_line(row, results.rows))
-        console.print(f"\n{suite}: {op}, n {n}, k {k}, r {r}, {dtype}, {level} {cache}")
+            table.add_row(*bench_line(row, rows))
+        console.print(f"\n{title}")
         console.print(table)
-    for lines in (mean_table(results.rows), targets.report(results, unmeasured=False)):
+    means, reached = mean_table(results.rows), targets.report(results, unmeasured=False)
+    for lines in filter(None, (means, reached, _routes.table(results.rows))):
         console.print("\n".join(["", *lines]), soft_wrap=True)
     for name, reason in results.absent.items():
         console.print(f"not measured, {name}: {reason}", soft_wrap=True)
 
 
 def main(options: argparse.Namespace) -> int:
-    refused = refuse_device(options.device)
+    device = _device.KINDS[options.device]()
+    refused = device.refuse()
     if refused:
-        print(refused, file=sys.stderr)
+        print(f"run.py: {refused}", file=sys.stderr)
         return 2
     began = time.time()
     if options.threads:
@@ -174,46 +134,61 @@ def main(options: argparse.Namespace) -> int:
             except RuntimeError as error:
                 print(f"run.py: {error}", file=sys.stderr)
                 return 2
-        about = describe() | {"load when it began": f"{os.getloadavg()[0]:.2f}"}
+        about = device.describe() | {"load when it began": f"{os.getloadavg()[0]:.2f}"}
         if options.isa == "avx2":
             about["dense libraries"] = f"ONEDNN_MAX_CPU_ISA={os.environ.get('ONEDNN_MAX_CPU_ISA')}"
-        roofs, why = _roofs.measure(torch.get_num_threads(), quick=options.quick)
-        about |= roofs.describe() if roofs else {}
+        roofs, why = device.roofs(quick=options.quick)
+        clock = device.clock(cold=not options.warm)
+        about |= (roofs.describe() if roofs else {}) | clock.describe()
         context = Context(
+            device,
+            clock,
             roofs,
-            effort_of(options),
-            None if options.warm else Flush(),
+            effort_of(options, device.effort),
             torch.get_num_threads(),
-            fastlora.current_isa(),
+            device.level(),
             wanted_peers(options.peers),
             {} if roofs else {"roofs": why},
         )
+        name = options.machine or device.name() + ("-routes" if options.routes else "")
+
+        def finish(rows: list[Row]) -> int:
+            about["took"] = f"{time.time() - began:.0f} s"
+            failed = {f"{case} (failed)": why for case, why in context.failed.items()}
+            results = Results(about, context.absent | failed, rows)
+            show(results, Console(highlight=False, markup=False, width=max(220, Console().width)))
+            write(results, options, name)
+            return 1 if failed else 0
+
+        def give_up(rows: list[Row]) -> None:
+            try:
+                finish(list(rows))
+                sys.stdout.flush()
+            finally:
+                os._exit(1)
+
         plan = plan_of(options)
-        rows = measure(cases_of(plan), context)
-        if plan.default and "linear" in plan.suites and not options.isa and not options.peers:
-            capped = at_avx2(options)
+        rows = measure(cases_of(plan), context, options.limit, give_up)
+        if plan.default and "linear" in plan.suites and not (options.isa or options.peers or options.routes):
+            capped = at_avx2(options) if device.kind == "cpu" else None
             rows += capped.rows if capped else []
-    about["took"] = f"{time.time() - began:.0f} s"
-    results = Results(about, context.absent, rows)
-    show(results, Console(highlight=False, markup=False, width=max(170, Console().width)))
-    write(results, options)
-    return 0
+    return finish(rows)
 
 
-def write(results: Results, options: argparse.Namespace) -> None:
+def write(results: Results, options: argparse.Namespace, name: str) -> None:
     if options.csv:
         write_csv(options.csv, results)
     if options.json:
         write_json(options.json, results)
-    name = options.machine or default_name()
-    if options.plot:
-        plot(options.plot, name, results)
     if options.save:
         base = options.save / name
         write_csv(Path(f"{base}.csv"), results)
-        Path(f"{base}.md").write_text(markdown(results, targets.report(results)))
-        plot(options.save, name, results)
-        print(f"wrote {base}.csv, .md and plots; python bench/readme_table.py {name} puts them into README")
+        page = markdown(results, targets.report(results), _routes.table(results.rows))
+        Path(f"{base}.md").write_text(page)
+        print(f"wrote {base}.csv and .md; python bench/readme_table.py {name} puts them into README")
+    if not options.routes:
+        for folder in {options.plot, options.save} - {None}:
+            plot(folder, name, results)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,22 @@ import importlib
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from functools import cache, partial
 
+import _options
 import torch
 from _problem import SCALING, Problem, sampled
+from _results import OURS
 from torch import Tensor, nn
 
-__all__ = ["REGISTRY", "SCALING", "Peer", "Problem", "Unsupported", "build", "find"]
+__all__ = ["REGISTRY", "ROUTES", "SCALING", "Peer", "Problem", "Unsupported", "build", "find", "reason"]
 
 # Advice on optional downloads, and on CUDA parts that a CPU build lacks.
 for _talker in ("bitsandbytes", "torchao", "torch.utils._pytree"):
     logging.getLogger(_talker).setLevel(logging.CRITICAL)
+
+# Route of fastlora's CUDA kernels to the class that is made to take it, by the contender's name.
+ROUTES = {f"fastlora, by {route}": f"By{route.capitalize()}" for route in _options.ROUTES}
 
 # name: module, class. The order is that of every table and of the turns.
 REGISTRY = {
@@ -27,12 +33,14 @@ REGISTRY = {
     "dense + LoRA (PEFT)": ("peft_dense", "PeftDense"),
     "bitsandbytes, training mode": ("bitsandbytes_nf4", "BitsandbytesTraining"),
     "bitsandbytes, eval mode": ("bitsandbytes_eval", "BitsandbytesEval"),
+    "bitsandbytes": ("bitsandbytes_nf4", "BitsandbytesCuda"),
     "PEFT on bitsandbytes": ("peft_bitsandbytes", "PeftBitsandbytes"),
     "torchao NF4": ("torchao_nf4", "TorchaoNf4"),
     "torchao int4": ("torchao_int4", "TorchaoInt4"),
     "fastlora": ("fastlora_nf4", "Fastlora"),
     "fastlora, no adapter": ("fastlora_nf4", "FastloraNoAdapter"),
     "fastlora, plain absmax": ("fastlora_nf4", "FastloraPlainAbsmax"),
+    **{name: ("fastlora_routes", cls) for name, cls in ROUTES.items()},
 }
 
 
@@ -53,6 +61,7 @@ class Peer(ABC):
     training: bool = False  # the mode the layer is put in
     coded: bool = True
     has_adapter: bool = False
+    route: str = ""  # of fastlora's own kernels: what it is made to take; "auto" is the library's choice
 
     def __init__(self, problem: Problem):
         self.problem = problem
@@ -86,7 +95,7 @@ class Peer(ABC):
         """dx (m, k) alone."""
         graph = self._graph
         if graph is None or graph[0].shape[0] != dy.shape[0]:
-            x = torch.zeros(dy.shape[0], self.problem.k, dtype=dy.dtype, requires_grad=True)
+            x = dy.new_zeros(dy.shape[0], self.problem.k, requires_grad=True)
             self._graph = graph = (x, self.layer(x))
         return torch.autograd.grad(graph[1], graph[0], dy, retain_graph=True)[0]
 
@@ -114,13 +123,23 @@ def find(names: Iterable[str]) -> tuple[list[type[Peer]], dict[str, str]]:
     found: list[type[Peer]] = []
     absent: dict[str, str] = {}
     wanted = set(names)
-    for name, (module, cls) in REGISTRY.items():
+    for name, where in REGISTRY.items():
         if name in wanted:
-            try:
-                found.append(getattr(importlib.import_module(f"peers.{module}"), cls))
-            except ImportError as error:
-                absent[name] = f"{error}" or type(error).__name__
+            loaded = _load(*where)
+            if isinstance(loaded, str):
+                absent[name] = loaded
+            else:
+                found.append(loaded)
     return found, absent
+
+
+@cache
+def _load(module: str, cls: str) -> type[Peer] | str:
+    """The class, or why not; asked once, as an import that fails may take seconds."""
+    try:
+        return getattr(importlib.import_module(f"peers.{module}"), cls)
+    except Exception as error:  # a library may fail in many ways while it is loaded
+        return reason(error)
 
 
 def build(kinds: Iterable[type[Peer]], problem: Problem) -> tuple[list[Peer], dict[str, str]]:
@@ -128,8 +147,23 @@ def build(kinds: Iterable[type[Peer]], problem: Problem) -> tuple[list[Peer], di
     built: list[Peer] = []
     absent: dict[str, str] = {}
     for kind in kinds:
-        try:
-            built.append(problem.once(f"peer {kind.name}", lambda kind=kind: kind(problem)))
-        except Unsupported as error:
-            absent[kind.name] = str(error)
+        made = problem.once(f"peer {kind.name}", partial(_build, kind, problem))
+        if isinstance(made, str):
+            absent[kind.name] = made
+        else:
+            built.append(made)
     return built, absent
+
+
+def _build(kind: type[Peer], problem: Problem) -> Peer | str:
+    try:
+        return kind(problem)
+    except Exception as error:
+        if kind.name.startswith(OURS) and not isinstance(error, Unsupported):
+            raise
+        return reason(error)
+
+
+def reason(error: Exception) -> str:
+    """One line of it."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

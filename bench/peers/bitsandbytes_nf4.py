@@ -1,5 +1,9 @@
-"""bitsandbytes' Linear4bit (NF4, double quantised) in training mode: it dequantises the weight and calls the
-dense product. It has no adapter of its own."""
+"""bitsandbytes' Linear4bit (NF4, double quantised). It has no adapter of its own.
+
+On a CPU it dequantises the weight and calls the dense product in training mode, and repacks the weight for a
+fused kernel in eval mode (bitsandbytes_eval.py). On a CUDA device the mode changes nothing: forward, with
+gradients or without, takes its fused kernel wherever its own table of shapes and rows says so, and else
+dequantises; backward always dequantises."""
 
 from __future__ import annotations
 
@@ -20,9 +24,8 @@ def quantized_linear(problem: Problem) -> nn.Module:
         linear = bitsandbytes.nn.Linear4bit(
             problem.k, problem.n, bias=False, compute_dtype=problem.kind, quant_type="nf4", device="meta"
         )
-        dense = problem.weight.to(problem.kind)
-        linear.weight = bitsandbytes.nn.Params4bit(dense, requires_grad=False, quant_type="nf4")
-        return linear.to("cpu")  # quantises
+        linear.weight = bitsandbytes.nn.Params4bit(problem.dense(), requires_grad=False, quant_type="nf4")
+        return linear.to(problem.device)  # quantises
 
     return copy.deepcopy(problem.once("Linear4bit", make))
 
@@ -49,10 +52,13 @@ class BitsandbytesTraining(Peer):
         return self.bytes
 
     def quantize(self) -> Tensor:
-        dense = self.problem.once("dense weight", lambda: self.problem.weight.to(self.problem.kind))
         return bitsandbytes.functional.quantize_4bit(
-            dense, blocksize=64, compress_statistics=True, quant_type="nf4"
+            self.problem.dense(), blocksize=64, compress_statistics=True, quant_type="nf4"
         )[0]
 
     def dequantize(self) -> Tensor:  # its `out` argument has no CPU kernel
         return bitsandbytes.functional.dequantize_4bit(self.packed, self.state)
+
+
+class BitsandbytesCuda(BitsandbytesTraining):
+    name = "bitsandbytes"

@@ -16,10 +16,14 @@ class Fastlora(Peer):
     operations = frozenset({"forward", "grad_input", "step", "quantize", "dequantize", "dequantize_into"})
     has_adapter = True
     double_quant = True
+    route = "auto"
 
     def build(self, problem: Problem) -> nn.Module:
+        return problem.once(f"QLinear {self.rank} {self.double_quant}", lambda: self.make(problem))
+
+    def make(self, problem: Problem) -> nn.Module:
         dense = nn.Linear(problem.k, problem.n, bias=False, device="meta")
-        dense.weight = nn.Parameter(problem.weight.to(problem.kind))
+        dense.weight = nn.Parameter(problem.dense())
         layer = fastlora.QLinear.from_linear(
             dense,
             rank=self.rank,
@@ -51,8 +55,9 @@ class Fastlora(Peer):
             )[0]  # fmt: skip
 
     def quantize(self) -> Tensor:
-        dense = self.problem.once("dense weight", lambda: self.problem.weight.to(self.problem.kind))
-        return quantize_nf4(dense, double_quant=self.double_quant).packed
+        # The check waits for a device; a CPU's kernel makes it on the way.
+        check = self.problem.device == "cpu"
+        return quantize_nf4(self.problem.dense(), double_quant=self.double_quant, check_finite=check).packed
 
     def dequantize(self) -> Tensor:
         return self.layer.dequantize(self.problem.kind)

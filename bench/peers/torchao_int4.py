@@ -17,6 +17,8 @@ class TorchaoInt4(Peer):
     operations = frozenset({"forward", "quantize"})
 
     def build(self, problem: Problem) -> nn.Module:
+        if problem.device != "cpu":
+            raise Unsupported("this tensor is packed for torch's CPU kernel")
         if problem.k % GROUP or problem.n % 64:
             raise Unsupported(f"expected k of whole groups of {GROUP} and n of whole 64 rows")
         linear = nn.Linear(problem.k, problem.n, bias=False, device="meta")
@@ -33,6 +35,5 @@ class TorchaoInt4(Peer):
         return w.qdata.nbytes + w.scale_and_zero.nbytes
 
     def quantize(self) -> Tensor:
-        dense = self.problem.once("dense weight", lambda: self.problem.weight.to(self.problem.kind))
         with torch.no_grad():
-            return Int4OpaqueTensor.from_hp(dense, [1, GROUP])
+            return Int4OpaqueTensor.from_hp(self.problem.dense(), [1, GROUP])

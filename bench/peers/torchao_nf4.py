@@ -39,9 +39,8 @@ class TorchaoNf4(Peer):
         return sum(t.nbytes for t in (w.quantized_data, w.quantized_scalers, w.quantization_factor))
 
     def quantize(self) -> Tensor:
-        dense = self.problem.once("dense weight", lambda: self.problem.weight.to(self.problem.kind))
         with torch.no_grad():
-            return to_nf4(dense, BLOCK, SCALER_BLOCK)
+            return to_nf4(self.problem.dense(), BLOCK, SCALER_BLOCK)
 
     def dequantize(self) -> Tensor:
         return self.layer.quantized.get_original_weight()

@@ -7,27 +7,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import _routes
 import peers
+from _device import Device, Pace
 from _problem import Errors, Problem
 from _results import OURS, Row
-from _roofs import READ_ROWS, Roofs
-from _timing import Effort, Flush, Times, interleaved, once
+from _timing import AnyClock, Effort, Times, interleaved
 from peers import Peer
 
 NAMES = ("quantize", "linear", "backward", "train", "memory", "overhead")
-
-# n x k: attention and MLP of common models; the targets' mean goes over the first five.
-SHAPES = (
-    (4096, 4096),
-    (1024, 4096),
-    (14336, 4096),
-    (4096, 14336),
-    (11008, 4096),
-    (3584, 3584),
-    (4304, 1152),
-    (1152, 4304),
-)
-FIVE = SHAPES[:5]
 
 
 @dataclass(frozen=True)
@@ -40,6 +28,8 @@ class Plan:
     ranks: tuple[int, ...] = (16,)
     dtypes: tuple[str, ...] | None = None
     quick: bool = False
+    device: str = "cpu"
+    routes: tuple[str, ...] = ()  # of fastlora's CUDA kernels: each, beside the library's choice of them
 
     @property
     def default(self) -> bool:
@@ -51,6 +41,10 @@ class Plan:
     def counts(self, default: Iterable[int]) -> tuple[int, ...]:
         return self.rows or ((1, 16, 128) if self.quick else tuple(default))
 
+    def by_route(self) -> tuple[str, ...]:
+        """The contenders where routes are to be compared."""
+        return (OURS, *(name for name in peers.ROUTES if name.rpartition(" ")[2] in self.routes))
+
     def kinds(self, default: Iterable[str]) -> tuple[str, ...]:
         return self.dtypes or (("bfloat16",) if self.quick else tuple(default))
 
@@ -59,55 +53,73 @@ class Plan:
 class Context:
     """What every case needs of the run, and where it says what it could not measure."""
 
-    roofs: Roofs | None
+    device: Device
+    clock: AnyClock
+    roofs: Any
     effort: Effort
-    flush: Flush | None
     threads: int
     level: str
     wanted: frozenset[str]
     absent: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)  # what should have worked
 
     @property
     def cache(self) -> str:
-        return "warm" if self.flush is None else "cold"
+        return "cold" if self.clock.cold else "warm"
 
-    def peers(self, names: Iterable[str], operation: str, problem: Problem) -> list[Peer]:
-        """Those of `names` that are wanted, installed and able to."""
-        found, missing = peers.find(self.wanted & set(names))
+    def peers(self, case: Case, operation: str, problem: Problem) -> list[Peer]:
+        """Those of the case's that are wanted, installed and able to."""
+        found, missing = peers.find(self.wanted & set(case.peers))
         built, unable = peers.build((kind for kind in found if operation in kind.operations), problem)
         self.absent.update(missing)
         self.absent.update({f"{k} at {problem.n}x{problem.k}": v for k, v in unable.items()})
-        return built
+        return [peer for peer in built if self.takes(peer, case)]
+
+    def takes(self, peer: Peer, case: Case) -> bool:
+        """Whether a contender that is made to take a route can take it here."""
+        if peer.route in ("", "auto"):
+            return True
+        choice = _routes.choice(
+            self.device.kernels, case.op == "dx", case.m, peer.problem, peer.rank, peer.route
+        )
+        return choice.route == peer.route
+
+    def route(self, peer: Peer, case: Case) -> str:
+        """Which of fastlora's kernels serve the case; "" where there is no choice."""
+        kernels = self.device.kernels
+        if not peer.route or kernels is None or not case.m:
+            return ""
+        passes = {"forward": (False,), "dx": (True,)}.get(case.op, (False, True))
+        return " + ".join(
+            str(_routes.choice(kernels, grad, case.m, peer.problem, peer.rank, peer.route)) for grad in passes
+        )
 
     def attempt(
-        self, contenders: list[Peer], make: Callable[[Peer], Callable[[], Any]]
+        self, case: Case, contenders: list[Peer], make: Callable[[Peer], Callable[[], Any]]
     ) -> tuple[list[Peer], list[Any], Callable[[], list[Times]]]:
         """Calls make(peer)() of each once. Returns the contenders that could, what they returned, and a
-        function that times them. Another library's error takes that contender out, named as absent."""
+        function that times them. An error takes its contender out: another library's names it as absent, one
+        of ours as failed."""
         able, calls, results, seconds = [], [], [], []
         for peer in contenders:
             call = make(peer)
             try:
-                result, first = once(call)
-            except (AssertionError, NotImplementedError, RuntimeError, ValueError) as error:
+                result, first = self.clock.once(call)
+            except Exception as error:
                 if peer.name.startswith(OURS):
-                    raise
-                problem = peer.problem
-                self.absent[f"{peer.name} at {problem.n}x{problem.k}"] = str(error).partition("\n")[0]
+                    self.failed[f"{peer.name}, {case.title()}"] = peers.reason(error)
+                else:
+                    self.absent[f"{peer.name} at {case.n}x{case.k}"] = peers.reason(error)
                 continue
             able.append(peer)
             calls.append(call)
             results.append(result)
             seconds.append(first)
-        return able, results, lambda: interleaved(calls, self.effort, self.flush, seconds)
+        return able, results, lambda: interleaved(calls, self.effort, self.clock, seconds)
 
     def roof_of_layer(self, m: int, moved: int, flops: float, dtype: str) -> tuple[str, float] | None:
-        """(name, seconds): reading for a few rows, arithmetic for many."""
-        if self.roofs is None:
-            return None
-        if m <= READ_ROWS:
-            return self.roofs.of_read(moved, self.flush is not None)
-        return self.roofs.of_product(flops, dtype)
+        """(name, seconds) of what bounds it."""
+        return self.roofs and self.roofs.of_layer(m, moved, flops, dtype, self.clock.cold)
 
     def row(
         self,
@@ -139,6 +151,7 @@ class Context:
             total_error=errors.total,
             composite_error=errors.composite,
             weight_mib=peer.weight_bytes() / 2**20,
+            route=self.route(peer, case),
         )
 
 
@@ -164,19 +177,12 @@ class Case:
     def labels(self) -> dict:
         return {name: getattr(self, name) for name in ("suite", "op", "n", "k", "r", "m", "dtype")}
 
-    def cost(self, effort: Effort) -> float:
+    def title(self) -> str:
+        return f"{self.op} {self.n}x{self.k} m {self.m}"
+
+    def cost(self, effort: Effort, pace: Pace) -> float:
         """The seconds it is expected to take, for the progress bar."""
-        flops = 2.0 * self.m * self.n * self.k
-        base = flops / (0.15e12 if self.dtype == "float32" else 0.35e12) + self.n * self.k / 10e9 + 1e-5
-        slow = sum(_NANOSECONDS_A_WEIGHT.get(peer, 0.0) * 1e-9 * self.n * self.k for peer in self.peers)
-        each = [self.passes * base] * len(self.peers)
-        return sum(effort.cost(seconds) for seconds in each) + (1 + effort.least) * self.passes * slow
-
-
-# What some contenders spend a weight beyond the product, whatever m is: for the progress bar only.
-_NANOSECONDS_A_WEIGHT = {
-    "bitsandbytes, training mode": 0.8,
-    "PEFT on bitsandbytes": 0.8,
-    "torchao NF4": 6.0,
-    "torchao int4": 1.0,
-}
+        base = pace.seconds(2.0 * self.m * self.n * self.k, self.n * self.k, self.dtype)
+        slow = sum(pace.slow.get(peer, 0.0) * self.n * self.k for peer in self.peers)
+        each = effort.cost(self.passes * base + pace.sample)
+        return len(self.peers) * each + (1 + effort.least) * self.passes * slow

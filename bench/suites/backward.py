@@ -6,8 +6,9 @@ from functools import partial
 
 from _problem import Problem, gradient_errors
 from _results import Row
+from _sizes import CUDA_ROWS, CUDA_SHAPES, FIVE, SHAPES
 
-from suites import FIVE, SHAPES, Case, Context, Plan
+from suites import Case, Context, Plan
 
 ROWS = (1, 16, 32, 64, 128, 512, 1024, 2048)
 FIVE_ROWS = (16, 32, 64, 128, 512, 1024, 2048)
@@ -22,6 +23,8 @@ OTHERS = (
 
 def cases(plan: Plan) -> list[Case]:
     found = []
+    if plan.device == "cuda":
+        return _cuda_cases(plan)
     for shape in plan.sizes(FIVE):
         for dtype in plan.kinds(("bfloat16",)):
             for r in plan.ranks:
@@ -35,10 +38,21 @@ def cases(plan: Plan) -> list[Case]:
     return found
 
 
+def _cuda_cases(plan: Plan) -> list[Case]:
+    names = plan.by_route() if plan.routes else (*BASE, "bitsandbytes")
+    return [
+        Case("backward", "dx", *shape, r, m, dtype, names, run)
+        for shape in plan.sizes(CUDA_SHAPES)
+        for dtype in plan.kinds(("bfloat16",))
+        for r in plan.ranks
+        for m in plan.counts(CUDA_ROWS)
+    ]
+
+
 def run(case: Case, context: Context, problem: Problem) -> list[Row]:
     dy = problem.gradient(case.m)
-    able = context.peers(case.peers, "grad_input", problem)
-    contenders, found, measure = context.attempt(able, lambda peer: partial(peer.grad_input, dy))
+    able = context.peers(case, "grad_input", problem)
+    contenders, found, measure = context.attempt(case, able, lambda peer: partial(peer.grad_input, dy))
     errors = [gradient_errors(peer, dy, dx) for peer, dx in zip(contenders, found, strict=True)]
     del found
     rows = []

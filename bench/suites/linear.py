@@ -6,8 +6,9 @@ from functools import partial
 
 from _problem import Problem, forward_errors
 from _results import Row
+from _sizes import CUDA_ROWS, CUDA_SHAPES, FIVE, SHAPES
 
-from suites import FIVE, SHAPES, Case, Context, Plan
+from suites import Case, Context, Plan
 
 ROWS = (1, 4, 8, 16, 32, 64, 128, 512, 1024, 2048)
 FLOAT32_ROWS = (1, 128)
@@ -25,16 +26,28 @@ OTHERS = (
     "torchao NF4",
     "torchao int4",
 )
+CUDA_OTHERS = (
+    "dense + LoRA (PEFT)",
+    "bitsandbytes",
+    "PEFT on bitsandbytes",
+    "torchao NF4",
+    "torchao int4",
+)
 SLOW = "torchao NF4"  # 6 ns a weight at any m: three row counts show it
 
 
 def cases(plan: Plan) -> list[Case]:
     found = []
-    for shape in plan.sizes(SHAPES):
-        for dtype in plan.kinds(("bfloat16", "float32")):
+    on_cuda = plan.device == "cuda"
+    everyone = (*BASE, *VARIANTS, *(CUDA_OTHERS if on_cuda else OTHERS))
+    names_of = _cuda_names if on_cuda else _names
+    for shape in plan.sizes(CUDA_SHAPES if on_cuda else SHAPES):
+        for dtype in plan.kinds(("bfloat16",) if on_cuda else ("bfloat16", "float32")):
             for r in plan.ranks:
-                for m in plan.counts(_rows(shape, dtype)):
-                    names = _names(shape, dtype, m) if plan.default else (*BASE, *VARIANTS, *OTHERS)
+                for m in plan.counts(CUDA_ROWS if on_cuda else _rows(shape, dtype)):
+                    names = names_of(shape, dtype, m) if plan.default else everyone
+                    if plan.routes:
+                        names = plan.by_route()
                     if r == 0:
                         names = tuple(name for name in names if "no adapter" not in name)
                     found.append(Case("linear", "forward", *shape, r, m, dtype, names, run))
@@ -59,10 +72,18 @@ def _names(shape: tuple[int, int], dtype: str, m: int) -> tuple[str, ...]:
     return (*names, "bitsandbytes, eval mode") if m == 1 else names
 
 
+def _cuda_names(shape: tuple[int, int], dtype: str, m: int) -> tuple[str, ...]:
+    """The same on a CUDA device."""
+    if shape == CUDA_SHAPES[0] and m in VARIANT_ROWS:
+        return (*BASE, *VARIANTS, *CUDA_OTHERS)
+    names = (*BASE, "bitsandbytes", "fastlora, no adapter")
+    return (*names, "PEFT on bitsandbytes") if m <= 4 or m >= 2048 else names
+
+
 def run(case: Case, context: Context, problem: Problem) -> list[Row]:
     x = problem.activation(case.m)
-    able = context.peers(case.peers, "forward", problem)
-    contenders, found, measure = context.attempt(able, lambda peer: partial(peer.forward, x))
+    able = context.peers(case, "forward", problem)
+    contenders, found, measure = context.attempt(case, able, lambda peer: partial(peer.forward, x))
     errors = [forward_errors(peer, x, y) for peer, y in zip(contenders, found, strict=True)]
     del found
     rows = []

@@ -1,24 +1,22 @@
-"""Memory: scratch a thread over shapes, the peak of a training step, and the weight as stored."""
+"""Memory: scratch over shapes, the peak of a training step, and the weight as stored."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import re
 import threading
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from _problem import Problem
 from _results import Row
+from _sizes import CUDA_SHAPES, SHAPES
 from peers import Peer
 
 from fastlora import _C
-from suites import SHAPES, Case, Context, Plan
+from suites import Case, Context, Plan
 
-SCRATCH, PEAK, WEIGHT = "scratch a thread", "peak of a training step", "weight"
+SCRATCH, CALL_SCRATCH = "scratch a thread", "scratch of a call"
+PEAK, WEIGHT = "peak of a training step", "weight"
 # n, k, rows: the real shapes' corners, a vocabulary, and sizes no model has yet.
 SCRATCH_SIZES = (
     (4096, 4096, 1),
@@ -32,7 +30,8 @@ SCRATCH_SIZES = (
     (64, 1000000, 64),
     (64, 64, 65536),
 )
-STEP_ROWS = 1024
+CUDA_SCRATCH_SIZES = tuple((*shape, m) for shape in CUDA_SHAPES for m in (1, 512, 4096))
+STEP_ROWS, CUDA_STEP_ROWS = 1024, 4096
 STEP_NAMES = ("dense + LoRA (PEFT)", "PEFT on bitsandbytes", "fastlora")
 WEIGHT_NAMES = (
     "dense",
@@ -42,52 +41,75 @@ WEIGHT_NAMES = (
     "fastlora",
     "fastlora, plain absmax",
 )
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+CUDA_WEIGHT_NAMES = ("dense", "bitsandbytes", "fastlora", "fastlora, plain absmax")
 
 
 def cases(plan: Plan) -> list[Case]:
     found = []
-    for shape in plan.sizes(SHAPES[:1]):
+    shapes, step_rows, names = SHAPES[:1], STEP_ROWS, WEIGHT_NAMES
+    sizes, op, run = SCRATCH_SIZES, SCRATCH, scratch
+    if plan.device == "cuda":
+        shapes, step_rows, names = CUDA_SHAPES, CUDA_STEP_ROWS, CUDA_WEIGHT_NAMES
+        sizes, op, run = CUDA_SCRATCH_SIZES, CALL_SCRATCH, scratch_of_call
+    for shape in plan.sizes(shapes):
         for dtype in plan.kinds(("bfloat16",)):
             for r in plan.ranks:
-                found.append(Case("memory", WEIGHT, *shape, r, 0, dtype, WEIGHT_NAMES, weight))
-                for m in plan.counts((STEP_ROWS,)):
+                found.append(Case("memory", WEIGHT, *shape, r, 0, dtype, names, weight))
+                for m in plan.counts((step_rows,)):
                     if r:
                         found.append(Case("memory", PEAK, *shape, r, m, dtype, STEP_NAMES, peak, passes=2))
-    sizes = SCRATCH_SIZES if plan.default else tuple((*s, m) for s in plan.sizes(()) for m in plan.counts(()))
+    if not plan.default:
+        sizes = tuple((*s, m) for s in plan.sizes(()) for m in plan.counts(()))
     for n, k, m in sizes:
         for dtype in plan.kinds(("bfloat16",)):
             for r in plan.ranks:
-                found.append(Case("memory", SCRATCH, n, k, r, m, dtype, ("fastlora",), scratch))
+                found.append(Case("memory", op, n, k, r, m, dtype, ("fastlora",), run))
     return found
 
 
-def _row(case: Case, context: Context, peer: str, size: float, weight_bytes: int | None = None) -> Row:
+def _row(case: Case, context: Context, peer: Peer, size: float, weight_bytes: int | None = None) -> Row:
     return Row(
         **case.labels(),
         level=context.level,
         threads=context.threads,
         cache="",
-        peer=peer,
+        peer=peer.name,
+        route=context.route(peer, case),
         weight_mib=None if weight_bytes is None else weight_bytes / 2**20,
         mib=size / 2**20,
     )
 
 
 def weight(case: Case, context: Context, problem: Problem) -> list[Row]:
-    contenders = context.peers(case.peers, "forward", problem)
-    return [_row(case, context, p.name, p.weight_bytes(), p.weight_bytes()) for p in contenders]
+    contenders = context.peers(case, "forward", problem)
+    return [_row(case, context, p, p.weight_bytes(), p.weight_bytes()) for p in contenders]
 
 
 def scratch(case: Case, context: Context, problem: Problem) -> list[Row]:
     """What forward and dx leave in a thread that did nothing else: kernels keep their scratch between calls,
     and a thread's goes with it."""
     rows = []
-    for peer in context.peers(case.peers, "step", problem):
+    for peer in context.peers(case, "step", problem):
         forward = partial(peer.forward, problem.activation(case.m))
         backward = partial(peer.grad_input, problem.gradient(case.m))
         held = max(in_fresh_thread(call, context.threads) for call in (forward, backward))
-        rows.append(_row(case, context, peer.name, held))
+        rows.append(_row(case, context, peer, held))
+    return rows
+
+
+def scratch_of_call(case: Case, context: Context, problem: Problem) -> list[Row]:
+    """What forward and dx take from torch's allocator beside their results: the larger."""
+    rows = []
+    for peer in context.peers(case, "step", problem):
+        calls = (
+            (partial(peer.forward, problem.activation(case.m)), case.n),
+            (partial(peer.grad_input, problem.gradient(case.m)), case.k),
+        )
+        held = 0
+        for call, width in calls:
+            result = case.m * width * problem.kind.itemsize
+            held = max(held, (context.device.peak_growth(call) or 0) - result)
+        rows.append(_row(case, context, peer, held))
     return rows
 
 
@@ -108,15 +130,16 @@ def in_fresh_thread(call: Callable[[], object], threads: int) -> int:
 
 
 def peak(case: Case, context: Context, problem: Problem) -> list[Row]:
-    contenders = [peer for peer in context.peers(case.peers, "step", problem) if peer.has_adapter]
+    able = [peer for peer in context.peers(case, "step", problem) if peer.has_adapter]
     x, dy = problem.activation(case.m).requires_grad_(), problem.gradient(case.m)
+    contenders, _, _ = context.attempt(case, able, lambda peer: partial(_step, peer, x, dy))
     rows = []
     for peer in contenders:
-        grown = peak_growth(partial(_step, peer, x, dy))
+        grown = context.device.peak_growth(partial(_step, peer, x, dy))
         if grown is None:
             context.absent[PEAK] = "this system does not reset a process's peak (/proc/self/clear_refs)"
             return rows
-        rows.append(_row(case, context, peer.name, grown, peer.weight_bytes()))
+        rows.append(_row(case, context, peer, grown, peer.weight_bytes()))
     return rows
 
 
@@ -124,26 +147,3 @@ def _step(peer: Peer, x: torch.Tensor, dy: torch.Tensor) -> None:
     peer.layer.train()
     peer.step(x, dy)
     peer.layer.train(peer.training)
-
-
-def peak_growth(call: Callable[[], object]) -> int | None:
-    """How many bytes of memory `call` takes beside what was there, its result included; None where the system
-    cannot tell. It runs once before, so that what it keeps (kernels' scratch, libraries' caches) is there."""
-    call()
-    gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # freed memory back to the system: it would hide the next call's need
-        _CLEAR.write_text("5")  # the peak starts again from now
-    except (OSError, AttributeError):
-        return None
-    before = _status("VmRSS")
-    call()
-    return max(_status("VmHWM") - before, 0)
-
-
-def _status(name: str) -> int:
-    found = re.search(rf"^{name}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
-    assert found is not None
-    return 1024 * int(found[1])

@@ -1,0 +1,82 @@
+"""The targets on a CPU: set for two threads of a machine with AMX, NF4 with double-quantised absmax and an
+adapter of rank 16, bfloat16, as ratios within one run; elsewhere they are yardsticks all the same."""
+
+from __future__ import annotations
+
+from _results import DENSE
+from _target import EXTRA, FLOOR, MIB, MICROSECONDS, ROOF, SPEED, WORST_ERROR, Target
+
+EVAL, TRAINING = "bitsandbytes, eval mode", "bitsandbytes, training mode"
+NO_ADAPTER, PLAIN = "fastlora, no adapter", "fastlora, plain absmax"
+PEFT_BNB, PEFT_DENSE = "PEFT on bitsandbytes", "dense + LoRA (PEFT)"
+
+
+def _forward(m: int, least: float, reach: float, peer: str = DENSE, dtype: str = "bfloat16") -> Target:
+    name = {DENSE: f"dense {dtype}", EVAL: "bitsandbytes eval"}[peer]
+    return Target(
+        f"forward, {dtype} x, m={m}, over {name}", "linear", "forward", SPEED, least, reach, peer, (m,), dtype
+    )
+
+
+def _dx(m: int, least: float, reach: float) -> Target:
+    return Target(f"dx, m={m}, over dense dy·W", "backward", "dx", SPEED, least, reach, DENSE, (m,))
+
+
+_DENSE_FROM_16 = (
+    (16, 2.0, 3.0),
+    (32, 2.0, 3.0),
+    (64, 1.5, 2.0),
+    (128, 1.5, 2.0),
+    (512, 1.3, 1.7),
+    (1024, 1.3, 1.7),
+    (2048, 1.3, 1.7),
+)
+
+TARGETS = (
+    _forward(1, 3.6, 5.0),
+    _forward(1, 1.6, 1.6, EVAL),
+    Target("forward, m=1, of the read roof", "linear", "forward", ROOF, 70, 90, m=(1,)),
+    _forward(4, 2.5, 3.0),
+    _forward(8, 2.0, 3.0),
+    *(_forward(*numbers) for numbers in _DENSE_FROM_16),
+    *(_dx(*numbers) for numbers in _DENSE_FROM_16),
+    Target(
+        "training step, m=1024, over PEFT on bitsandbytes",
+        "train", "training step", SPEED, 2.0, 3.3, PEFT_BNB, (1024,),
+    ),
+    Target(
+        "training step, m=1024, over PEFT on dense",
+        "train", "training step", SPEED, 1.6, 2.5, PEFT_DENSE, (1024,),
+    ),
+    _forward(1, 3.0, 5.0, dtype="float32"),
+    _forward(128, 1.0, 1.2, dtype="float32"),
+    _forward(512, 1.0, 1.2, dtype="float32"),
+    Target("quantise, over bitsandbytes", "quantize", "quantize", SPEED, 40, None, TRAINING),
+    Target("quantise, over one read of the weight", "quantize", "quantize", FLOOR, 3.0, 1.5),
+    Target(
+        "dequantise to bfloat16, memory given, of the copy roof",
+        "quantize", "dequantize, memory given", ROOF, 80, 90,
+    ),
+    *(
+        Target(
+            f"adapter of rank 16 on top of the base, m={m}",
+            "linear", "forward", EXTRA, least, 2, NO_ADAPTER, (m,),
+        )
+        for m, least in ((1, 10), (16, 5), (128, 5), (1024, 5))
+    ),
+    *(
+        Target(
+            f"double quantisation on top of plain absmax, m={m}",
+            "linear", "forward", EXTRA, 3, 0, PLAIN, (m,),
+        )
+        for m in (1, 16, 128, 1024)
+    ),
+    Target(
+        "forward at the AVX2 level, m=1, over dense capped to AVX2",
+        "linear", "forward", SPEED, 2.0, 3.0, DENSE, (1,), level="avx2",
+    ),
+    Target("call of a 64 x 64 layer, inference", "overhead", "call", MICROSECONDS, 8, 5, ours="QLinear"),
+    Target("scratch memory a thread, any shape", "memory", "scratch a thread", MIB, 4),
+    Target("error of forward, over dequantise + dense", "linear", "forward", WORST_ERROR, 1.0),
+    Target("error of dx, over dequantise + dense", "backward", "dx", WORST_ERROR, 1.0),
+)  # fmt: skip
