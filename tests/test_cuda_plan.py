@@ -1,4 +1,4 @@
-"""Which kernels a call of the layer takes on a device: csrc/cuda/nf4_linear_plan.cu, asked without a device."""
+"""Which kernels a layer takes on a device: csrc/cuda/nf4_linear_plan.cu, asked without a device."""
 
 from __future__ import annotations
 
