@@ -54,7 +54,7 @@ constexpr TileCost kGradInputTiles[] = {{1, 740}, {2, 752}, {4, 796}, {8, 880}};
 constexpr TileCost kForwardGroups[] = {{16, 276}, {32, 324}, {64, 420}, {128, 612}, {256, 996}};
 constexpr TileCost kGradInputGroups[] = {{16, 488}, {32, 537}, {64, 632}, {128, 824}, {256, 1208}};
 
-// Multiply-adds of 16-bit floats a clock of a processor. GeForce devices have half of it from 86 on.
+// Multiply-adds of 16-bit floats, summed in float32, a clock of a processor; GeForce devices, from 86 on, half of it.
 int tensor_rate(int capability, CudaRoute route) {
   if (route == CudaRoute::kWarpgroup) return 2048;
   return capability == 80 || (capability >= 90 && capability < 120) ? 1024 : 512;
