@@ -217,7 +217,9 @@ def predict(gpu: Gpu, grad: bool, m: int, n: int, k: int, route: str = "auto") -
     kernel = _kernel_of(taken, grad, columns)
     one = step(kernel, gpu)
     if one is None:
-        raise LookupError(f"no main loop of {kernel.name} in docs/cuda_kernels.md: make cuda-check ARGS=--write")
+        raise LookupError(
+            f"no main loop of {kernel.name} in docs/cuda_kernels.md: make cuda-check ARGS=--write"
+        )
     blocks = ceil(m / kernel.columns) * ceil(outer / kernel.outer) * splits
     waves = ceil(blocks / gpu.processors)
     steps = ceil(contraction / splits / one.depth)
