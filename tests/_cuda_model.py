@@ -74,8 +74,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A main loop by its name in the tables: `outer` of W's rows (forward) or columns (dx) by `columns` rows of
-    x, of a block."""
+    """A main loop by its name in the tables. A block has `outer` of W's rows (forward) or columns (dx) and
+    `columns` rows of x."""
 
     name: str
     route: str

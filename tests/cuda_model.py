@@ -27,10 +27,8 @@ def devices() -> list[str]:
     lines = ["| | SMs | GHz | copy, TB/s | `mma`, FMAs a clock | `wgmma` | GEMM, TFLOP/s |"]
     lines.append("|---|--:|--:|--:|--:|--:|--:|")
     for it in GPUS:
-        groups = it.group_products or ""
-        lines.append(
-            f"| {it.name} | {it.processors} | {it.ghz:g} | {it.copy:g} | {it.products} | {groups} | {it.gemm:g} |"
-        )
+        rates = f"{it.copy:g} | {it.products} | {it.group_products or ''} | {it.gemm:g}"
+        lines.append(f"| {it.name} | {it.processors} | {it.ghz:g} | {rates} |")
     return lines
 
 
