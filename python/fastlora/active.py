@@ -46,7 +46,9 @@ class Place:
         """What this call is to be routed by."""
         if torch.compiler.is_compiling():
             if self.contended:
-                raise RuntimeError("QLinear: expected one thread at a time to route a compiled layer, got more")
+                raise RuntimeError(
+                    "QLinear: expected one thread at a time to route a compiled layer, got more"
+                )
             return self.compiled
         if _task() >= 0 and self.routed:
             return _in_backward(self)
@@ -90,7 +92,9 @@ class _History:
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
-        self.forgotten = 0  # nodes of smaller numbers may have been made in a block that is not known any more
+        self.forgotten = (
+            0  # nodes of smaller numbers may have been made in a block that is not known any more
+        )
 
     def left(self, batch: Batch) -> None:
         if batch.last == batch.first:  # nothing that backward could come back to
@@ -115,14 +119,18 @@ class _History:
 
 
 _HISTORY: dict[int, _History] = {}
-_REPLAYS: dict[int, list[Batch]] = {}  # by thread: what is replayed now, whose nodes may be asked to replay again
+_REPLAYS: dict[
+    int, list[Batch]
+] = {}  # by thread: what is replayed now, whose nodes may be asked to replay again
 
 
 def _in_backward(place: Place) -> Router | None:
     thread, task, node = threading.get_ident(), _task(), _node()
     own = _HISTORY.get(thread)
     inside = place.routers.get(thread)
-    if node is None or (inside is not None and own and any(b.task == task for b in own.batches if place in b.routers)):
+    if node is None or (
+        inside is not None and own and any(b.task == task for b in own.batches if place in b.routers)
+    ):
         return inside  # a block that was entered within this backward pass, by a hook
     number = node._sequence_nr()
     # A device's backward runs in a thread of its own, which has no blocks.
@@ -134,7 +142,9 @@ def _in_backward(place: Place) -> Router | None:
     if not found:
         return None
     if len({id(batch.routers[place]) for batch in found}) > 1:
-        raise RuntimeError("QLinear: expected one thread at a time to train a routed layer on a device, got more")
+        raise RuntimeError(
+            "QLinear: expected one thread at a time to train a routed layer on a device, got more"
+        )
     _replay(found[0], replays, task)
     return found[0].routers[place]
 

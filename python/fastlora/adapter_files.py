@@ -8,11 +8,8 @@ never half of one.
 from __future__ import annotations
 
 import json
-import math
 import os
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,47 +19,51 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from .adapter_config import CONFIG_NAME, config_of, guess_task, modules, pattern_value, read_config
 from .linear import QLinear
+from .named_adapters import DEFAULT, Parts
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
 _PREFIX = "base_model.model."
-_TASK_BY_CLASS = {
-    "ForCausalLM": "CAUSAL_LM",
-    "LMHeadModel": "CAUSAL_LM",
-    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    "ForSequenceClassification": "SEQ_CLS",
-    "ForTokenClassification": "TOKEN_CLS",
-    "ForQuestionAnswering": "QUESTION_ANS",
-}
+_ENDS = ("lora_A.weight", "lora_B.weight")
 
 
 def save_adapter(
     model: nn.Module,
     directory: str | os.PathLike[str],
     *,
+    name: str = DEFAULT,
     task_type: str | None = None,
     base_model: str | None = None,
 ) -> None:
-    """Write the adapters of every QLinear in `model` to `directory`, which is made if need be.
+    """Write an adapter of every QLinear in `model` that has it to `directory`, which is made if need be.
 
     Args:
+        name: which; by default the layers' own.
         task_type: PEFT's word for the task; by default read off a transformers class name
             (``LlamaForCausalLM`` -> ``"CAUSAL_LM"``), else null.
         base_model: the dense model's name or path; by default where a transformers model was loaded from.
 
     Layers may differ in rank and alpha (PEFT's rank_pattern and alpha_pattern). Only adapters are written, in
-    their own dtype; a merged layer's adapter is written too. A model sharded by FSDP2 is gathered: every rank
-    calls, each writes the same files. Raises ValueError for a model without adapters.
+    their own dtype, or in that of the file they were loaded from where this loses nothing; a merged layer's
+    adapter is written too. A model sharded by FSDP2 is gathered: every rank calls, each writes the same files.
+    Raises ValueError for a model without such an adapter.
     """
     model = _unwrapped(model)
-    layers = _adapted(model)
+    layers = _adapted(model, name)
     if not layers:
-        raise ValueError("save_adapter: expected a model with QLinear layers of rank > 0, got none")
-    config = _config_of(model, layers)
-    config["task_type"] = task_type or _guess_task(model)
+        what = "QLinear layers of rank > 0" if name == DEFAULT else f"an adapter {name!r}"
+        raise ValueError(f"save_adapter: expected a model with {what}, got {_names(model) or 'none'}")
+    parts = {path: layer.adapter(name) for path, layer in layers.items()}
+    config = config_of(model, parts)
+    config["task_type"] = task_type or guess_task(model)
     config["base_model_name_or_path"] = base_model or getattr(model, "name_or_path", None) or None
-    tensors = {key: _whole(p.detach()).to("cpu").contiguous() for key, p in _entries(layers).items()}
+    came_in = {path: _file_dtype(layer, name) for path, layer in layers.items()}
+    tensors = {
+        key: _as_it_came(_whole(p.detach()).to("cpu").contiguous(), came_in[path])
+        for path, one in parts.items()
+        for key, p in _entries({path: one}).items()
+    }
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
@@ -71,11 +72,24 @@ def save_adapter(
         replace(CONFIG_NAME, lambda to: to.write_text(text, encoding="utf-8"))
 
 
-def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+def load_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    name: str = DEFAULT,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Read a LoRA adapter that :func:`save_adapter` or PEFT wrote into the QLinear layers of `model`.
 
-    Sets lora_A and lora_B (keeping the layers' dtypes and devices), and alpha and scaling as the file's
-    config says. A layer's dropout stays as it is.
+    Args:
+        name: by default the layers' own adapter, which each of them must find in the file. Any other: the layers
+            that are in the file get an adapter of this name, with the file's rank and dropout, or where they have
+            one its values, in place. So several files may be loaded, each for layers of its own.
+        dtype: of an adapter that is its layer's first; float32 by default, which holds any file's values. Other
+            adapters take their layer's.
+
+    Sets lora_A and lora_B (keeping the layers' dtypes and devices), and alpha and scaling as the file's config
+    says. The dropout of an adapter that was there stays as it is.
 
     Raises, with nothing changed: ValueError that lists what is missing, unexpected or of the wrong shape, for
     a file that does not fit the model exactly, and for a kind of adapter other than plain LoRA or rsLoRA;
@@ -83,27 +97,44 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     model = _unwrapped(model)
     path = Path(directory)
-    config = _read_config(path)
+    config = read_config(path)
     if not (path / WEIGHTS_NAME).is_file():
         raise FileNotFoundError(f"load_adapter: expected {WEIGHTS_NAME} in {path}, got none")
     tensors = safetensors.torch.load_file(path / WEIGHTS_NAME)
-    layers = _adapted(model)
-    entries = _entries(layers)
-    _check_fit(entries, tensors, path)
+    layers = _adapted(model, name)
+    expected = {
+        key: p.shape for key, p in _entries({at: one.adapter(name) for at, one in layers.items()}).items()
+    }
+    if name != DEFAULT:
+        layers |= _in_file(model, tensors)
+        expected |= _shapes(layers, tensors)
+    _check_fit(expected, tensors, path)
     for state, names in (
-        ("unmerged", [name for name, layer in layers.items() if layer.merged]),
-        ("materialised", [name for name, layer in layers.items() if layer.weight.is_meta]),
+        ("unmerged", [at for at, layer in layers.items() if layer.merged]),
+        ("materialised", [at for at, layer in layers.items() if layer.weight.is_meta]),
     ):
         if names:
             raise RuntimeError(
                 f"load_adapter: expected {state} layers, got {len(names)} that are not: {names[0]} ..."
             )
-    alphas = {name: _pattern_value(config["alpha_pattern"], name, config["lora_alpha"]) for name in layers}
-    with torch.no_grad():
-        for key, parameter in entries.items():
-            parameter.copy_(_sharded_like(parameter, tensors[key]))
-    for name, layer in layers.items():
-        layer.set_alpha(alphas[name], config["use_rslora"])
+    rslora, dropout = config["use_rslora"], float(config.get("lora_dropout") or 0.0)
+    for at, layer in layers.items():
+        a, b = (tensors[key] for key in _keys(at))
+        alpha = pattern_value(config["alpha_pattern"], at, config["lora_alpha"])
+        if name not in layer.adapter_names:
+            layer.add_adapter(
+                name, a.shape[0], alpha, dropout=dropout, use_rslora=rslora, dtype=_kind(layer, dtype)
+            )
+        parts = layer.adapter(name)
+        if parts.rank == a.shape[0]:
+            with torch.no_grad():
+                for p, t in zip(parts[:2], (a, b), strict=True):
+                    p.copy_(_sharded_like(p, t))
+            layer.set_adapter_alpha(name, alpha, rslora)
+        else:
+            layer.replace_adapter(name, a, b, alpha, use_rslora=rslora)
+        if name != DEFAULT:
+            layer.adapters[name].file_dtype = a.dtype
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -132,125 +163,73 @@ def _sharded_like(parameter: Tensor, t: Tensor) -> Tensor:
     return distribute_tensor(t.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """named_modules, with the names that they have where no part of the model is compiled."""
-    for name, module in model.named_modules():
-        yield ".".join(part for part in name.split(".") if part != "_orig_mod"), module
+def _adapted(model: nn.Module, name: str) -> dict[str, QLinear]:
+    return {at: m for at, m in modules(model) if isinstance(m, QLinear) and name in m.adapter_names}
 
 
-def _adapted(model: nn.Module) -> dict[str, QLinear]:
-    return {name: m for name, m in _modules(model) if isinstance(m, QLinear) and m.rank}
+def _names(model: nn.Module) -> list[str]:
+    found = (m.adapter_names for m in model.modules() if isinstance(m, QLinear))
+    return sorted({name for names in found for name in names})
 
 
-def _entries(layers: dict[str, QLinear]) -> dict[str, Tensor]:
+def _keys(layer: str) -> list[str]:
+    """What the file calls a layer's A and B."""
+    stem = _PREFIX + (f"{layer}." if layer else "")
+    return [stem + end for end in _ENDS]
+
+
+def _entries(adapters: Mapping[str, Parts]) -> dict[str, Tensor]:
     """The file's keys and the parameters behind them."""
-    entries: dict[str, Tensor] = {}
-    for name, layer in layers.items():
-        assert layer.lora_A is not None
-        assert layer.lora_B is not None
-        stem = _PREFIX + (f"{name}." if name else "")
-        entries[f"{stem}lora_A.weight"] = layer.lora_A
-        entries[f"{stem}lora_B.weight"] = layer.lora_B
-    return entries
-
-
-# --- the config -------------------------------------------------------------------------------------------
-
-
-def _config_of(model: nn.Module, layers: dict[str, QLinear]) -> dict[str, Any]:
-    """PEFT's LoraConfig, as few keys as it takes, so that older versions read it too."""
-    rslora = all(layer.use_rslora for layer in layers.values())
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    alphas = {name: _alpha(layer, rslora) for name, layer in layers.items()}
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
-        "peft_type": "LORA",
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {_pattern(name, layers): r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {_pattern(name, layers): a for name, a in alphas.items() if a != alpha},
-        "target_modules": _target_modules(model, layers),
-        "use_rslora": rslora,
-        "lora_dropout": max(layer.dropout for layer in layers.values()),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-        "modules_to_save": None,
+        key: p for layer, parts in adapters.items() for key, p in zip(_keys(layer), parts[:2], strict=True)
     }
 
 
-def _pattern(name: str, layers: Iterable[str]) -> str:
-    """A PEFT pattern for this layer alone: the path, tied to its start where it also ends another's."""
-    return f"^{name}" if any(other.endswith(f".{name}") for other in layers) else name
+def _in_file(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, QLinear]:
+    """The layers that a file speaks of."""
+    return {
+        at: m
+        for at, m in modules(model)
+        if isinstance(m, QLinear) and not tensors.keys().isdisjoint(_keys(at))
+    }
 
 
-def _alpha(layer: QLinear, rslora: bool) -> float:
-    """The alpha that gives the layer's scaling back; its own where that does."""
-    divisor = math.sqrt(layer.rank) if rslora else layer.rank
-    alpha = layer.alpha if math.isclose(layer.alpha / divisor, layer.scaling) else layer.scaling * divisor
-    return int(alpha) if alpha == int(alpha) else alpha
+def _shapes(layers: Mapping[str, QLinear], tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Those that a file with its own ranks should have."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for at, layer in layers.items():
+        a, b = _keys(at)
+        rank = tensors[a].shape[0] if a in tensors and tensors[a].dim() else 1
+        shapes |= {a: (max(rank, 1), layer.in_features), b: (layer.out_features, max(rank, 1))}
+    return shapes
 
 
-def _target_modules(model: nn.Module, layers: dict[str, QLinear]) -> list[str]:
-    """Last names where they select exactly the adapted layers of that name, whole paths otherwise."""
-    by_last_name: dict[str, list[str]] = {}
-    for name, _ in _modules(model):
-        by_last_name.setdefault(name.rpartition(".")[2], []).append(name)
-    targets: list[str] = []
-    for last in dict.fromkeys(name.rpartition(".")[2] for name in layers):
-        same = by_last_name[last]
-        targets += (
-            [last] if all(name in layers for name in same) else [name for name in same if name in layers]
-        )
-    return targets
+def _kind(layer: QLinear, dtype: torch.dtype | None) -> torch.dtype | None:
+    """That of a new adapter: the layer's, where it has others."""
+    return None if layer.adapter_names else dtype
 
 
-def _guess_task(model: nn.Module) -> str | None:
-    name = type(model).__name__
-    return next((task for ending, task in _TASK_BY_CLASS.items() if name.endswith(ending)), None)
+def _file_dtype(layer: QLinear, name: str) -> torch.dtype | None:
+    return None if name == DEFAULT else layer.adapters[name].file_dtype
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / CONFIG_NAME
-    if not file.is_file():
-        raise FileNotFoundError(f"load_adapter: expected {CONFIG_NAME} in {path}, got none")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"a {type(config).__name__}, not an object")
-    except ValueError as error:
-        raise ValueError(f"load_adapter: expected JSON in {file}, got {error}") from error
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"load_adapter: expected peft_type LORA in {file}, got {config.get('peft_type')!r}")
-    for key in ("use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "trainable_token_indices"):
-        if config.get(key):
-            raise ValueError(
-                f"load_adapter: expected a plain LoRA adapter, got {key}={config[key]!r} in {file}"
-            )
-    if not isinstance(config.get("lora_alpha"), (int, float)):
-        raise ValueError(
-            f"load_adapter: expected a number lora_alpha in {file}, got {config.get('lora_alpha')!r}"
-        )
-    config["use_rslora"] = bool(config.get("use_rslora"))
-    config["alpha_pattern"] = config.get("alpha_pattern") or {}
-    return config
+def _as_it_came(t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """In the dtype of the file that it was read from, if no value has changed since that needs a wider one."""
+    if dtype is None or dtype == t.dtype:
+        return t
+    narrow = t.to(dtype)
+    return narrow if torch.equal(narrow.to(t.dtype), t) else t
 
 
-def _pattern_value(patterns: dict[str, float], name: str, default: float) -> float:
-    """PEFT's rule: the first pattern that is a regular expression for the path or its end."""
-    return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", name)), default)
-
-
-def _check_fit(entries: dict[str, Tensor], tensors: dict[str, Tensor], path: Path) -> None:
+def _check_fit(expected: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor], path: Path) -> None:
     wrong = [
-        f"{key}: expected {tuple(p.shape)}, got {tuple(tensors[key].shape)}"
-        for key, p in entries.items()
-        if key in tensors and tensors[key].shape != p.shape
+        f"{key}: expected {tuple(shape)}, got {tuple(tensors[key].shape)}"
+        for key, shape in expected.items()
+        if key in tensors and tensors[key].shape != tuple(shape)
     ]
     problems = (
-        ("missing from the file", [key for key in entries if key not in tensors]),
-        ("unexpected in the file", [key for key in tensors if key not in entries]),
+        ("missing from the file", [key for key in expected if key not in tensors]),
+        ("unexpected in the file", [key for key in tensors if key not in expected]),
         ("of the wrong shape", wrong),
     )
     if any(listed for _, listed in problems):

@@ -273,7 +273,9 @@ class AdapterTable:
         parameters = [p for name in pairs for p in _flat(pairs[name])]
         kinds = {(p.dtype, p.device) for p in parameters}
         if len(kinds) > 1:
-            raise TypeError(f"AdapterTable: expected adapters of one dtype and device, got {sorted(map(str, kinds))}")
+            raise TypeError(
+                f"AdapterTable: expected adapters of one dtype and device, got {sorted(map(str, kinds))}"
+            )
         for name, new in pairs.items():
             one = self._of(name)
             for j, (pair, rank) in enumerate(zip(new, one.ranks, strict=True)):
@@ -314,19 +316,23 @@ class AdapterTable:
         with torch.inference_mode(False), torch.no_grad():
             kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
             self.a = [torch.zeros(rows.size, self.in_features, **kind) for rows in self._rows]
-            self.b = [torch.zeros(rows.size, n, **kind) for rows, n in zip(self._rows, self.slices, strict=True)]
+            self.b = [
+                torch.zeros(rows.size, n, **kind) for rows, n in zip(self._rows, self.slices, strict=True)
+            ]
             shape = (len(self.slices), self.capacity)
             self.entries = torch.zeros(*shape, 2, dtype=torch.int32, device=self.device)
             self.scaling = torch.zeros(shape, dtype=torch.float32, device=self.device)
         for slot, one in enumerate(self._slots):
             if one is not None:
-                self._fill(one, one.pairs)
+                self._fill(one, one.pairs, moved=True)
                 self._write(slot)
 
-    def _fill(self, one: _Adapter, values: Sequence[tuple[Tensor, Tensor] | None]) -> None:
+    def _fill(
+        self, one: _Adapter, values: Sequence[tuple[Tensor, Tensor] | None], *, moved: bool = False
+    ) -> None:
         """Write values, (lora_A, lora_B) of each slice, into an adapter's rows, and make its parameters views
         of them. The parameters' own versions count the write, not the pool's: a graph that used other adapters
-        does not mind."""
+        does not mind. moved: into new pools, which is no change of the parameters."""
         with torch.inference_mode(False), torch.no_grad():
             for j, (value, rank, (first, _)) in enumerate(zip(values, one.ranks, one.runs, strict=True)):
                 if value is None:
@@ -339,9 +345,11 @@ class AdapterTable:
                 one.pairs[j] = a, b
                 for p, view, source in zip((a, b), views, value, strict=True):
                     old = source.detach()  # keeps the memory that p is taken from
+                    if moved:
+                        view.copy_(old)
                     if not _is_over(p, view):
                         p.data = view
-                    if not _is_over(old, view):
+                    if not _is_over(old, view) and not moved:
                         p.copy_(old)
 
     def _write(self, slot: int) -> None:
@@ -432,7 +440,10 @@ class AdapterTable:
         new.widths, new._index = list(self.widths), dict(self._index)
         new._rows = [rows.copy() for rows in self._rows]
         new._slots = [
-            one and _Adapter(one.name, list(one.ranks), list(one.scaling), [None] * len(one.pairs), list(one.runs))
+            one
+            and _Adapter(
+                one.name, list(one.ranks), list(one.scaling), [None] * len(one.pairs), list(one.runs)
+            )
             for one in self._slots
         ]
         for name in ("a", "b", "entries", "scaling"):
@@ -443,7 +454,8 @@ class AdapterTable:
         state = self.skeleton().__dict__
         pairs = {one.name: one.pairs for one in self._slots if one is not None}
         state["pairs"] = {
-            name: [pair and (compact(pair[0]), compact(pair[1])) for pair in many] for name, many in pairs.items()
+            name: [pair and (compact(pair[0]), compact(pair[1])) for pair in many]
+            for name, many in pairs.items()
         }
         return state
 

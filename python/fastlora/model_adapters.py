@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .linear import QLinear
 
 
-class adapters:  # noqa: N801 (a function in all but its memory of the names)
+class adapters:
     """Inside ``with fastlora.adapters(model, names):`` row i of a batch has the adapter ``names[i]``.
 
     Args:
@@ -42,9 +42,7 @@ class adapters:  # noqa: N801 (a function in all but its memory of the names)
     for a merged layer. A layer that is given another number of rows raises ValueError.
     """
 
-    def __init__(
-        self, model: nn.Module, names: Sequence[str | None], batch_invariant: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str | None], batch_invariant: bool = False) -> None:
         if isinstance(names, str) or not all(name is None or isinstance(name, str) for name in names):
             raise TypeError(f"adapters: expected a sequence of names, one a row or a prompt, got {names!r}")
         self._layers = _layers(model)
@@ -55,7 +53,9 @@ class adapters:  # noqa: N801 (a function in all but its memory of the names)
         known = {name for layer in self._layers for name in layer.adapter_names}
         unknown = [name for name in dict.fromkeys(self._names) if name is not None and name not in known]
         if unknown:
-            raise ValueError(f"adapters: expected names of adapters, got {unknown}; this model has {sorted(known)}")
+            raise ValueError(
+                f"adapters: expected names of adapters, got {unknown}; this model has {sorted(known)}"
+            )
 
     def __enter__(self) -> None:
         merged = [layer for layer in self._layers if layer.merged]

@@ -86,7 +86,9 @@ def nf4_multi_lora_linear(
     two do.
     """
     if len(weight.shape) != 2:
-        raise ValueError(f"nf4_multi_lora_linear: expected a weight of shape (n, k), got {tuple(weight.shape)}")
+        raise ValueError(
+            f"nf4_multi_lora_linear: expected a weight of shape (n, k), got {tuple(weight.shape)}"
+        )
     _check_table("nf4_multi_lora_linear", x, weight.shape[1])
     packed = (weight.packed, weight.scales, weight.nested, weight.blocksize)
     low = table.low_rank(learns=torch.is_grad_enabled())

@@ -39,6 +39,7 @@ class Adapter(nn.Module):
     def __init__(self, rank: int, alpha: float, use_rslora: bool, dropout: float) -> None:
         super().__init__()
         self.rank, self.dropout = rank, dropout
+        self.file_dtype: torch.dtype | None = None  # of the file it was loaded from
         self.set_alpha(alpha, use_rslora)
 
     def set_alpha(self, alpha: float, use_rslora: bool = False) -> None:
@@ -145,7 +146,9 @@ class NamedAdapters(nn.Module):
         if self.merged:
             raise RuntimeError("set_adapter: expected an unmerged layer, got a merged one; call unmerge()")
         if name is not None and name not in self.adapter_names:
-            raise ValueError(f"set_adapter: expected the name of an adapter, got {name!r}; this layer has {self._has()}")
+            raise ValueError(
+                f"set_adapter: expected the name of an adapter, got {name!r}; this layer has {self._has()}"
+            )
         self._active = name
         self._prepare()
 
@@ -153,9 +156,13 @@ class NamedAdapters(nn.Module):
         """Take a named adapter off the layer. Who holds its parameters keeps their values."""
         self._check_change("delete_adapter")
         if name == DEFAULT or name not in self.adapter_names:
-            raise ValueError(f"delete_adapter: expected the name of an added adapter, got {name!r}; this layer has {self._has()}")
+            raise ValueError(
+                f"delete_adapter: expected the name of an added adapter, got {name!r}; this layer has {self._has()}"
+            )
         if name == self._active:
-            raise RuntimeError(f"delete_adapter: expected another adapter to be set, got {name!r}; call set_adapter()")
+            raise RuntimeError(
+                f"delete_adapter: expected another adapter to be set, got {name!r}; call set_adapter()"
+            )
         assert self._table is not None
         del self.adapters[name]
         self._table.evict(name)
@@ -168,9 +175,22 @@ class NamedAdapters(nn.Module):
                     p.data = p.detach().contiguous()
             self._table = self._single = None
 
+    def replace_adapter(
+        self, name: str, lora_a: Tensor, lora_b: Tensor, alpha: float, *, use_rslora: bool = False
+    ) -> None:
+        """Swap an adapter's values for lora_a (r, k) and lora_b (n, r), in place; the rank may be another. Also
+        inside a block of :func:`fastlora.adapters`, and under a captured CUDA graph where the rank is no larger."""
+        self.adapter(name)
+        of: Any = self if name == DEFAULT else self.adapters[name]
+        scaling = alpha / (math.sqrt(lora_a.shape[0]) if use_rslora else lora_a.shape[0])
+        self.join_table().replace(name, lora_a, lora_b, scaling)
+        of.rank = lora_a.shape[0]
+        of.set_alpha(alpha, use_rslora)
+        self._prepare()
+
     @property
     def adapter_names(self) -> tuple[str, ...]:
-        """"default", if the layer has an adapter of its own, and the added ones."""
+        """ "default", if the layer has an adapter of its own, and the added ones."""
         own = (DEFAULT,) if self._parameters.get("lora_A") is not None else ()
         return (*own, *self.adapters) if "adapters" in self._modules else own
 
@@ -182,7 +202,9 @@ class NamedAdapters(nn.Module):
     def adapter(self, name: str) -> Parts:
         """An adapter's parameters and numbers."""
         if name not in self.adapter_names:
-            raise ValueError(f"QLinear: expected the name of an adapter, got {name!r}; this layer has {self._has()}")
+            raise ValueError(
+                f"QLinear: expected the name of an adapter, got {name!r}; this layer has {self._has()}"
+            )
         of: Any = self if name == DEFAULT else self.adapters[name]
         return Parts(of.lora_A, of.lora_B, of.rank, of.alpha, of.use_rslora, of.scaling, of.dropout)
 
@@ -200,7 +222,9 @@ class NamedAdapters(nn.Module):
         if table is None:
             own = self._parameters.get("lora_A")
             if hasattr(own, "full_tensor"):
-                raise RuntimeError("QLinear: expected whole parameters for several adapters, got sharded ones")
+                raise RuntimeError(
+                    "QLinear: expected whole parameters for several adapters, got sharded ones"
+                )
             kind = dtype if own is None else own.dtype
             table = AdapterTable(
                 self.in_features, self.out_features, rank_rows=(self.rank if own is not None else 0) + more,
@@ -316,7 +340,9 @@ class NamedAdapters(nn.Module):
         if self.merged:
             raise RuntimeError(f"{op}: expected an unmerged layer, got a merged one; call unmerge()")
         if self.place is not None and self.place.routers:
-            raise RuntimeError(f"{op}: expected to be called outside adapters(), got a layer that is being routed")
+            raise RuntimeError(
+                f"{op}: expected to be called outside adapters(), got a layer that is being routed"
+            )
 
     def _has(self) -> str:
         return str(list(self.adapter_names)) if self.adapter_names else "none"
@@ -330,7 +356,10 @@ def _rejoin(module: nn.Module, keys: object) -> None:
 
 def _compact(parameters: dict[str, nn.Parameter | None]) -> dict[str, nn.Parameter | None]:
     """A module's parameters for a file, those that are rows of a pool without the rest of it."""
-    return {name: compact(p) if p is not None and name in {"lora_A", "lora_B"} else p for name, p in parameters.items()}
+    return {
+        name: compact(p) if p is not None and name in {"lora_A", "lora_B"} else p
+        for name, p in parameters.items()
+    }
 
 
 def _deepcopy(module: Any, state: dict[str, Any], memo: dict[int, Any]) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora import QLinear, adapters
+from fastlora import QLinear, adapter_files
 
 peft = pytest.importorskip("peft", reason="PEFT is the other side of these files")
 
@@ -241,7 +241,7 @@ def test_a_compiled_model_saves_the_same_names(tmp_path):
     ours, _ = converted(rank=3)
     fastlora.save_adapter(torch.compile(ours), tmp_path)
     assert all(
-        "_orig_mod" not in key for key in safetensors.torch.load_file(tmp_path / adapters.WEIGHTS_NAME)
+        "_orig_mod" not in key for key in safetensors.torch.load_file(tmp_path / adapter_files.WEIGHTS_NAME)
     )
     fastlora.load_adapter(torch.compile(ours), tmp_path)
 
@@ -249,12 +249,12 @@ def test_a_compiled_model_saves_the_same_names(tmp_path):
 def test_a_misfit_lists_everything_and_changes_nothing(tmp_path):
     ours, _ = converted(rank=3, alpha=6)
     fastlora.save_adapter(ours, tmp_path)
-    tensors = safetensors.torch.load_file(tmp_path / adapters.WEIGHTS_NAME)
+    tensors = safetensors.torch.load_file(tmp_path / adapter_files.WEIGHTS_NAME)
     stem = "base_model.model.layers"
     del tensors[f"{stem}.0.q_proj.lora_A.weight"]
     tensors[f"{stem}.1.q_proj.lora_B.weight"] = torch.zeros(48, 5)
     tensors[f"{stem}.0.down.lora_magnitude_vector"] = torch.zeros(64)
-    safetensors.torch.save_file(tensors, tmp_path / adapters.WEIGHTS_NAME)
+    safetensors.torch.save_file(tensors, tmp_path / adapter_files.WEIGHTS_NAME)
     randomise(ours)
     before = bits(ours)
     with pytest.raises(ValueError, match="to fit the model, got") as caught:
@@ -301,7 +301,7 @@ def test_what_else_is_refused(tmp_path):
         fastlora.load_adapter(ours, tmp_path)
     with pytest.raises(RuntimeError, match="expected materialised layers"):
         fastlora.load_adapter(converted(rank=3)[0].to("meta"), tmp_path)
-    (tmp_path / adapters.WEIGHTS_NAME).unlink()
+    (tmp_path / adapter_files.WEIGHTS_NAME).unlink()
     with pytest.raises(FileNotFoundError, match=r"expected adapter_model\.safetensors in"):
         fastlora.load_adapter(ours, tmp_path)
     (tmp_path / "adapter_config.json").write_text("[1")
