@@ -50,12 +50,7 @@ class adapters:
         self._routers: dict[Place, Router] = {}
         self._seen: list[tuple[Any, ...]] | None = None
         self._entered: dict[int, list[Batch]] = {}  # by thread
-        known = {name for layer in self._layers for name in layer.adapter_names}
-        unknown = [name for name in dict.fromkeys(self._names) if name is not None and name not in known]
-        if unknown:
-            raise ValueError(
-                f"adapters: expected names of adapters, got {unknown}; this model has {sorted(known)}"
-            )
+        self._check()
 
     def __enter__(self) -> None:
         merged = [layer for layer in self._layers if layer.merged]
@@ -64,6 +59,7 @@ class adapters:
         tables = [layer.join_table() for layer in self._layers]
         seen = [(id(table), table.generation, table.capacity, table.device) for table in tables]
         if seen != self._seen:
+            self._check()
             self._routers, self._seen = self._make(tables), seen
         batch = Batch(self._routers)
         batch.enter()
@@ -73,6 +69,14 @@ class adapters:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._entered[threading.get_ident()].pop().leave()
+
+    def _check(self) -> None:
+        known = {name for layer in self._layers for name in layer.adapter_names}
+        unknown = [name for name in dict.fromkeys(self._names) if name is not None and name not in known]
+        if unknown:
+            raise ValueError(
+                f"adapters: expected names of adapters, got {unknown}; this model has {sorted(known)}"
+            )
 
     def _make(self, tables: list[AdapterTable]) -> dict[Place, Router]:
         shared: dict[tuple, Router] = {}
