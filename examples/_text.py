@@ -37,9 +37,7 @@ class Domain:
     prompt: str
 
 
-def split(
-    name: str, pieces: list[str], prompt: str, seed: int, limit: int | None, held_out: float
-) -> Domain:
+def split(name: str, pieces: list[str], prompt: str, seed: int, limit: int | None, held_out: float) -> Domain:
     """Shuffles whole pieces, so that no sentence is on both sides, and keeps about `limit` characters."""
     random.Random(seed).shuffle(pieces)
     text = "".join(pieces) if limit is None else "".join(pieces)[:limit]

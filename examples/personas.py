@@ -2,13 +2,12 @@
 
     python examples/personas.py            # about two minutes on two cores
     python examples/personas.py --quick    # the same in seconds, on a model too small to be any good
-
-A byte-level transformer is first trained on the standard library's Python source. Its linear layers become NF4,
-and get three adapters of unlike ranks: one is to speak English, one the names of Unicode, one calendars. Every
-training batch holds windows of all three texts, each row with its own adapter; each adapter has its own loss, its
-own group in the optimiser, its own learning rate. At the end one batch asks all of them, and the bare base. The
-exit code is 0 only if each adapter lowered the loss of its text and is the best of the three at it, the batch
-says what each says alone, and the files give the same bits back.
+ A byte-level transformer is first trained on the standard library's Python source. Its linear layers become
+NF4, and get three adapters of unlike ranks: one is to speak English, one the names of Unicode, one calendars.
+Every training batch holds windows of all three texts, each row with its own adapter; each adapter has its own
+loss, its own group in the optimiser, its own learning rate. At the end one batch asks all of them, and the
+bare base. The exit code is 0 only if each adapter lowered the loss of its text and is the best of the three
+at it, the batch says what each says alone, and the files give the same bits back.
 """
 
 from __future__ import annotations
@@ -103,12 +102,13 @@ def main() -> int:
         f"{torch.get_num_threads()} threads | seed {options.seed}"
     )
     source, *texts = (
-        make(seed=options.seed, limit=plan.text) for make in (python_source, english, unicode_names, calendars)
+        make(seed=options.seed, limit=plan.text)
+        for make in (python_source, english, unicode_names, calendars)
     )
     personas = [
-        Persona("english", texts[0], 16, 1.0, "The obje"),
+        Persona("english", texts[0], 16, 0.7, "The obje"),
         Persona("unicode", texts[1], 8, 1.0, "\nLATIN S"),
-        Persona("calendar", texts[2], 12, 0.5, "\n    May"),
+        Persona("calendar", texts[2], 12, 0.7, "\n    May"),
     ]
     subject = byte_subject(plan.config)
     tokens = {d.name: (subject.encode(d.train), subject.encode(d.held_out)) for d in (source, *texts)}
@@ -187,7 +187,8 @@ def train_together(
 ) -> list[History]:
     """One forward and one backward pass a step for all adapters: rows of the batch go to their own."""
     parameters = {
-        p.name: [t for layer in layers_of(subject.model) for t in layer.adapters[p.name].parameters()] for p in personas
+        p.name: [t for layer in layers_of(subject.model) for t in layer.adapters[p.name].parameters()]
+        for p in personas
     }
     groups = [{"params": parameters[p.name], "lr": plan.rate * p.rate} for p in personas]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
@@ -208,7 +209,8 @@ def train_together(
         for step in range(1, plan.steps + 1):
             subject.model.train()
             windows = [
-                random_windows(tokens[p.domain.name][0], plan.rows, subject.context, generator) for p in personas
+                random_windows(tokens[p.domain.name][0], plan.rows, subject.context, generator)
+                for p in personas
             ]
             batch = torch.cat(windows)
             with fastlora.adapters(subject.model, names):
@@ -247,7 +249,8 @@ def answer(
 
 @torch.no_grad()
 def distance_to_alone(subject: Subject, tokens: Tokens, personas: list[Persona]) -> float:
-    """The largest relative distance between a row's logits in a mixed batch and those of its adapter alone."""
+    """The largest relative distance between a row's logits in a mixed batch and those of its adapter
+    alone."""
     subject.model.eval()
     rows = {p.name: even_windows(tokens[p.domain.name][1], 2, subject.context)[:, :-1] for p in personas}
     with fastlora.adapters(subject.model, [name for name, part in rows.items() for _ in part]):

@@ -1,4 +1,5 @@
-"""fastlora.AdapterTable, route, segmented_lora and nf4_multi_lora_linear: storage, values, gradients, errors."""
+"""fastlora.AdapterTable, route, segmented_lora and nf4_multi_lora_linear: storage, values, gradients,
+errors."""
 
 import copy
 import io
@@ -36,7 +37,10 @@ def make_table(ranks=RANKS, *, k=K, n=N, learns=True, **kwargs):
     for i, (name, rank) in enumerate(ranks.items()):
         each = rank if isinstance(rank, tuple) else (rank,) * len(slices)
         a = [draw(r, k, seed=10 * i + j, scale=k**-0.5) if r else None for j, r in enumerate(each)]
-        b = [draw(m, r, seed=99 + 10 * i + j, scale=0.3) if r else None for j, (r, m) in enumerate(zip(each, slices, strict=True))]
+        b = [
+            draw(m, r, seed=99 + 10 * i + j, scale=0.3) if r else None
+            for j, (r, m) in enumerate(zip(each, slices, strict=True))
+        ]
         table.register(name, a, b, [0.5 + 0.25 * i + j for j in range(len(slices))])
         for p in parameters(table, name):
             p.requires_grad_(learns)
@@ -50,7 +54,10 @@ def parameters(table, *names):
 def exact(x, table, rows):
     """The low-rank term in float64, row by row, and the float64 leaves that it is a function of."""
     leaves = {
-        name: [pair and tuple(p.detach().double().requires_grad_() for p in pair) for pair in table.parameters(name)]
+        name: [
+            pair and tuple(p.detach().double().requires_grad_() for p in pair)
+            for pair in table.parameters(name)
+        ]
         for name in table.names
     }
     out = []
@@ -58,7 +65,9 @@ def exact(x, table, rows):
         pieces = []
         for j, n in enumerate(table.slices):
             pair = None if name is None else leaves[name][j]
-            piece = xi.new_zeros(n) if pair is None else table.scaling_of(name)[j] * (pair[1] @ (pair[0] @ xi))
+            piece = (
+                xi.new_zeros(n) if pair is None else table.scaling_of(name)[j] * (pair[1] @ (pair[0] @ xi))
+            )
             pieces.append(piece)
         out.append(torch.cat(pieces))
     flat = [p for name in table.names for pair in leaves[name] if pair for p in pair]
@@ -70,7 +79,7 @@ def is_view_of(p, pool):
     return p.numel() == 0 or begin <= p.data_ptr() < end
 
 
-# --- storage ----------------------------------------------------------------------------------------------
+# --- storage --------------------------------------------------------------------------------------------
 
 
 def test_parameters_are_rows_of_the_pools():
@@ -108,7 +117,9 @@ def test_a_growing_table_keeps_parameters_slots_and_values():
     for i, name in enumerate(table.names):
         assert table.slot(name) == i
         assert table.scaling[0, i] == i + 1
-        for before, p, want, pool in zip(held[name], parameters(table, name), values[name], (table.a, table.b), strict=True):
+        for before, p, want, pool in zip(
+            held[name], parameters(table, name), values[name], (table.a, table.b), strict=True
+        ):
             assert p is before
             assert torch.equal(p, want)
             assert is_view_of(p, pool[0])
@@ -126,7 +137,9 @@ def test_an_optimiser_goes_on_over_growth():
         for step in range(4):
             if grow and step == 2:
                 table.register("more", draw(9, K), draw(N, 9))
-            y = fastlora.segmented_lora(draw(3, K), table, torch.zeros(3, dtype=torch.int32), torch.zeros(3, N))
+            y = fastlora.segmented_lora(
+                draw(3, K), table, torch.zeros(3, dtype=torch.int32), torch.zeros(3, N)
+            )
             optimizer.zero_grad()
             (y - 1).square().sum().backward()
             optimizer.step()
@@ -196,7 +209,9 @@ def test_replacing_keeps_the_addresses_where_the_rank_fits():
 def test_a_fixed_table_refuses_what_does_not_fit_and_changes_nothing():
     table = make_table({"a": 4, "b": 4}, capacity=3, rank_rows=10, max_rank=8, fixed=True)
     before = [t.clone() for t in (table.a[0], table.b[0], table.entries, table.scaling)]
-    with pytest.raises(ValueError, match=r"register: expected ranks of at most \[8\] in a fixed table, got \[9\]"):
+    with pytest.raises(
+        ValueError, match=r"register: expected ranks of at most \[8\] in a fixed table, got \[9\]"
+    ):
         table.register("c", draw(9, K), draw(N, 9))
     message = r"expected a gap of {} rows in a fixed table, got {} free of 10, {} of them together"
     with pytest.raises(ValueError, match="register: " + message.format(3, 2, 2)):
@@ -206,7 +221,7 @@ def test_a_fixed_table_refuses_what_does_not_fit_and_changes_nothing():
     for now, then in zip((table.a[0], table.b[0], table.entries, table.scaling), before, strict=True):
         assert torch.equal(now, then)
     table.register("c", draw(2, K), draw(N, 2))
-    with pytest.raises(ValueError, match="register: expected a free slot, got 3 taken ones of a fixed table"):
+    with pytest.raises(ValueError, match="register: expected a free slot in a fixed table, got 3 taken"):
         table.register("d", draw(1, K), draw(N, 1))
     assert table.widths == [8]
 
@@ -241,7 +256,11 @@ def test_copies_and_files_are_small_and_their_own():
     torch.save(table, file)
     assert file.tell() < 100_000  # the pools are 1.8 MB
     file.seek(0)
-    for other in (copy.deepcopy(table), pickle.loads(pickle.dumps(table)), torch.load(file, weights_only=False)):
+    for other in (
+        copy.deepcopy(table),
+        pickle.loads(pickle.dumps(table)),
+        torch.load(file, weights_only=False),
+    ):
         assert torch.equal(fastlora.segmented_lora(x, other, slots, torch.zeros(len(ROWS), N)), want)
         assert is_view_of(parameters(other, "d")[1], other.b[0])
         assert parameters(other)[0].requires_grad
@@ -269,7 +288,7 @@ def test_casts_and_moves(dtype):
     assert y.is_meta
 
 
-# --- values and gradients -----------------------------------------------------------------------------------
+# --- values and gradients -------------------------------------------------------------------------------
 
 
 @dtypes
@@ -434,7 +453,7 @@ def test_growth_between_forward_and_backward_is_harmless():
         assert torch.equal(p.grad, q.grad)
 
 
-# --- the ways torch runs a function ---------------------------------------------------------------------------
+# --- the ways torch runs a function ---------------------------------------------------------------------
 
 
 def test_autocast_casts_x_and_keeps_the_parameters_gradients():
@@ -473,7 +492,9 @@ def test_in_one_compiled_graph():
     table, weight = make_table(), fastlora.quantize_nf4(draw(N, K, scale=0.1))
 
     def f(x, slots, y):
-        return fastlora.segmented_lora(fastlora.nf4_multi_lora_linear(x, weight, table, slots) @ square, table, slots, y)
+        return fastlora.segmented_lora(
+            fastlora.nf4_multi_lora_linear(x, weight, table, slots) @ square, table, slots, y
+        )
 
     square = draw(N, K, scale=0.1)
     compiled = torch.compile(f, fullgraph=True)
@@ -511,12 +532,14 @@ def test_the_same_bits_for_any_number_of_threads(keep_threads):
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        y = fastlora.segmented_lora(x, table, table.slots(ROWS), torch.zeros(len(ROWS), 384, dtype=torch.bfloat16))
+        y = fastlora.segmented_lora(
+            x, table, table.slots(ROWS), torch.zeros(len(ROWS), 384, dtype=torch.bfloat16)
+        )
         found.append([y, *torch.autograd.grad(y.float().square().sum(), parameters(table))])
     assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
 
 
-# --- what is refused ------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -526,7 +549,11 @@ def test_the_same_bits_for_any_number_of_threads(keep_threads):
         (lambda: AdapterTable(4, 4, capacity=0), ValueError, "AdapterTable: expected capacity >= 1, got 0"),
         (lambda: AdapterTable(4, [1] * 9), ValueError, "expected 1 to 8 slices of out_features, got 9"),
         (lambda: AdapterTable(4.0, 4), TypeError, "expected in_features as an int, got 4.0"),
-        (lambda: AdapterTable(4, 4, dtype=torch.float64), TypeError, "expected dtype float32, bfloat16 or float16"),
+        (
+            lambda: AdapterTable(4, 4, dtype=torch.float64),
+            TypeError,
+            "expected dtype float32, bfloat16 or float16",
+        ),
     ],
 )
 def test_bad_sizes(call, error, message):
@@ -537,27 +564,89 @@ def test_bad_sizes(call, error, message):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda t: t.register("a", draw(2, K), draw(N, 2)), ValueError, "register: expected a new name, got 'a'"),
+        (
+            lambda t: t.register("a", draw(2, K), draw(N, 2)),
+            ValueError,
+            "register: expected a new name, got 'a'",
+        ),
         (lambda t: t.register("", draw(2, K), draw(N, 2)), TypeError, "register: expected a name, got ''"),
-        (lambda t: t.register("x", draw(2, K + 1), draw(N, 2)), ValueError, r"lora_a of shape \(r >= 1, 72\), got \(2, 73\)"),
-        (lambda t: t.register("x", draw(0, K), draw(N, 0)), ValueError, r"lora_a of shape \(r >= 1, 72\), got \(0, 72\)"),
-        (lambda t: t.register("x", draw(2, K), draw(N, 3)), ValueError, r"lora_b of shape \(40, 2\), got \(40, 3\)"),
-        (lambda t: t.register("x", [draw(2, K)] * 2, [draw(N, 2)] * 2), ValueError, "expected 1 lora_a and lora_b, one a slice, got 2 and 2"),
-        (lambda t: t.register("x", [None], [None]), ValueError, "expected an adapter in at least one slice, got none"),
-        (lambda t: t.register("x", [draw(2, K)], [None]), ValueError, "lora_a and lora_b of a slice together"),
-        (lambda t: t.register("x", draw(2, K).int(), draw(N, 2)), TypeError, "expected lora_a of a floating dtype, got torch.int32"),
-        (lambda t: t.register("x", draw(2, K), draw(N, 2), float("nan")), ValueError, "expected a finite scaling"),
-        (lambda t: t.replace("x", draw(2, K), draw(N, 2)), ValueError, r"expected the name of an adapter, got 'x'; there are \['a', 'b'\]"),
+        (
+            lambda t: t.register("x", draw(2, K + 1), draw(N, 2)),
+            ValueError,
+            r"lora_a of shape \(r >= 1, 72\), got \(2, 73\)",
+        ),
+        (
+            lambda t: t.register("x", draw(0, K), draw(N, 0)),
+            ValueError,
+            r"lora_a of shape \(r >= 1, 72\), got \(0, 72\)",
+        ),
+        (
+            lambda t: t.register("x", draw(2, K), draw(N, 3)),
+            ValueError,
+            r"lora_b of shape \(40, 2\), got \(40, 3\)",
+        ),
+        (
+            lambda t: t.register("x", [draw(2, K)] * 2, [draw(N, 2)] * 2),
+            ValueError,
+            "expected 1 lora_a and lora_b, one a slice, got 2 and 2",
+        ),
+        (
+            lambda t: t.register("x", [None], [None]),
+            ValueError,
+            "expected an adapter in at least one slice, got none",
+        ),
+        (
+            lambda t: t.register("x", [draw(2, K)], [None]),
+            ValueError,
+            "lora_a and lora_b of a slice together",
+        ),
+        (
+            lambda t: t.register("x", draw(2, K).int(), draw(N, 2)),
+            TypeError,
+            "expected lora_a of a floating dtype, got torch.int32",
+        ),
+        (
+            lambda t: t.register("x", draw(2, K), draw(N, 2), float("nan")),
+            ValueError,
+            "expected a finite scaling",
+        ),
+        (
+            lambda t: t.replace("x", draw(2, K), draw(N, 2)),
+            ValueError,
+            r"expected the name .*, got 'x'; there are \['a', 'b'\]",
+        ),
         (lambda t: t.evict("x"), ValueError, "expected the name of an adapter, got 'x'"),
         (lambda t: t.slots(["a", "x"]), ValueError, "expected the name of an adapter, got 'x'"),
         (lambda t: t.to(dtype=torch.int8), TypeError, "AdapterTable.to: expected dtype float32"),
-        (lambda t: fastlora.route([0, 8], t.capacity), ValueError, r"lora_route: expected slots in -1 \.\. 7, got 8 at position 1"),
-        (lambda t: fastlora.segmented_lora(draw(1, K), t, fastlora.route([0], 9), torch.zeros(1, N)), ValueError, "expected a routing for the table's 8 slots, got one for 9"),
-        (lambda t: fastlora.segmented_lora(draw(1, K + 1), t, [0], torch.zeros(1, N)), ValueError, r"segmented_lora: expected x of shape \(\.\.\., 72\), got \(1, 73\)"),
-        (lambda t: fastlora.segmented_lora(draw(2, K), t, [0], torch.zeros(2, N)), ValueError, r"expected order of shape \(2,\)"),
-        (lambda t: fastlora.nf4_multi_lora_linear(draw(1, K), fastlora.quantize_nf4(draw(2, 4, 8)), t, [0]), ValueError, r"expected a weight of shape \(n, k\), got \(2, 4, 8\)"),
+        (
+            lambda t: fastlora.route([0, 8], t.capacity),
+            ValueError,
+            r"lora_route: .* in -1 \.\. 7, got 8 at position 1",
+        ),
+        (
+            lambda t: fastlora.segmented_lora(draw(1, K), t, fastlora.route([0], 9), torch.zeros(1, N)),
+            ValueError,
+            "expected a routing for the table's 8 slots, got one for 9",
+        ),
+        (
+            lambda t: fastlora.segmented_lora(draw(1, K + 1), t, [0], torch.zeros(1, N)),
+            ValueError,
+            r"segmented_lora: expected x of shape \(\.\.\., 72\), got \(1, 73\)",
+        ),
+        (
+            lambda t: fastlora.segmented_lora(draw(2, K), t, [0], torch.zeros(2, N)),
+            ValueError,
+            r"expected order of shape \(2,\)",
+        ),
+        (
+            lambda t: fastlora.nf4_multi_lora_linear(
+                draw(1, K), fastlora.quantize_nf4(draw(2, 4, 8)), t, [0]
+            ),
+            ValueError,
+            r"expected a weight of shape \(n, k\), got \(2, 4, 8\)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_bad_arguments(change, error, message):
     table = make_table({"a": 3, "b": 2})
     before = [t.clone() for t in (table.a[0], table.b[0], table.entries, table.scaling)]

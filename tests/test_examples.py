@@ -15,6 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples" / "finetune.py"
+PERSONAS = ROOT / "examples" / "personas.py"
 
 
 def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -62,6 +63,35 @@ def test_demo_fails_when_nothing_is_learnt(
     monkeypatch.setattr(sys, "argv", ["finetune.py", "--quick", "--out", str(tmp_path)])
     assert finetune.main() == 1
     assert re.search(r"NO\s+fine-tuning lowered", capsys.readouterr().out)
+
+
+def test_personas(tmp_path: Path) -> None:
+    command = [sys.executable, str(PERSONAS), "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "120"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("\nyes ") == 4
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for name, rank in (("english", 16), ("unicode", 8), ("calendar", 12)):
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"]) == (rank, 2 * rank)
+        assert f" {name} │" in done.stdout
+
+
+def test_personas_fail_when_nothing_is_learnt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(DEMO.parent))
+    import personas
+
+    idle = replace(personas.QUICK, pretrain_steps=2, steps=2, rate=0.0, answer=1)
+    monkeypatch.setattr(personas, "QUICK", idle)
+    monkeypatch.setattr(sys, "argv", ["personas.py", "--quick", "--out", str(tmp_path)])
+    assert personas.main() == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"NO\s+training together lowered", printed)
+    assert re.search(r"yes\s+the files give every adapter back", printed)
 
 
 def tiny_llama(folder: Path) -> None:

@@ -1,9 +1,9 @@
-"""Which batch a layer's call belongs to: the routings in force, by thread, and those of passes that are replayed.
-
-A thread's ``with fastlora.adapters(...)`` holds for that thread's calls. Activation checkpointing calls layers
-once more during backward, when the block may have been left; such a call takes the routing under which the node
-of autograd that asks for it was made. Nodes carry the number at which their thread made them, so a block is
-remembered by the span of numbers that it saw.
+"""Which batch a layer's call belongs to: the routings in force, by thread, and those of passes that are
+replayed.
+ A thread's ``with fastlora.adapters(...)`` holds for that thread's calls. Activation checkpointing calls
+layers once more during backward, when the block may have been left; such a call takes the routing under which
+the node of autograd that asks for it was made. Nodes carry the number at which their thread made them, so a
+block is remembered by the span of numbers that it saw.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ class _History:
         found = next((one for one in reversed(self.batches) if one.covers(number, place)), None)
         if found is None and number < self.forgotten:
             raise RuntimeError(
-                f"QLinear: expected to replay one of the last {_MOST} blocks of adapters, got an older one; call "
-                "backward more often, or inside the block"
+                f"QLinear: expected to replay one of the last {_MOST} blocks of adapters, got an older one; "
+                "call backward more often, or inside the block"
             )
         return found
 
@@ -150,8 +150,8 @@ def _in_backward(place: Place) -> Router | None:
 
 
 def _replay(batch: Batch, replays: list[Batch], task: int) -> None:
-    """Remember that nodes made from here on, and the one just made (a checkpoint inside a checkpoint), belong to
-    this batch again, until the backward pass ends."""
+    """Remember that nodes made from here on, and the one just made (a checkpoint inside a checkpoint), belong
+    to this batch again, until the backward pass ends."""
     if replays and replays[-1].task == task and replays[-1].routers is batch.routers:
         return
     again = Batch(batch.routers)

@@ -27,8 +27,8 @@ _TASK_BY_CLASS = {
 
 
 def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """named_modules less what is inside a QLinear, with the names that they have where no part of the model is
-    compiled."""
+    """named_modules less what is inside a QLinear, with the names that they have where no part of the model
+    is compiled."""
     inside = None
     for name, module in model.named_modules():
         if inside is None or not name.startswith(inside):

@@ -46,8 +46,8 @@ def save_adapter(
 
     Layers may differ in rank and alpha (PEFT's rank_pattern and alpha_pattern). Only adapters are written, in
     their own dtype, or in that of the file they were loaded from where this loses nothing; a merged layer's
-    adapter is written too. A model sharded by FSDP2 is gathered: every rank calls, each writes the same files.
-    Raises ValueError for a model without such an adapter.
+    adapter is written too. A model sharded by FSDP2 is gathered: every rank calls, each writes the same
+    files. Raises ValueError for a model without such an adapter.
     """
     model = _unwrapped(model)
     layers = _adapted(model, name)
@@ -82,14 +82,16 @@ def load_adapter(
     """Read a LoRA adapter that :func:`save_adapter` or PEFT wrote into the QLinear layers of `model`.
 
     Args:
-        name: by default the layers' own adapter, which each of them must find in the file. Any other: the layers
-            that are in the file get an adapter of this name, with the file's rank and dropout, or where they have
-            one its values, in place. So several files may be loaded, each for layers of its own.
-        dtype: of an adapter that is its layer's first; float32 by default, which holds any file's values. Other
+        name: by default the layers' own adapter, which each of them must find in the file. Any other: the
+        layers
+            that are in the file get an adapter of this name, with the file's rank and dropout, or where they
+            have one its values, in place. So several files may be loaded, each for layers of its own.
+        dtype: of an adapter that is its layer's first; float32 by default, which holds any file's values.
+        Other
             adapters take their layer's.
 
-    Sets lora_A and lora_B (keeping the layers' dtypes and devices), and alpha and scaling as the file's config
-    says. The dropout of an adapter that was there stays as it is.
+    Sets lora_A and lora_B (keeping the layers' dtypes and devices), and alpha and scaling as the file's
+    config says. The dropout of an adapter that was there stays as it is.
 
     Raises, with nothing changed: ValueError that lists what is missing, unexpected or of the wrong shape, for
     a file that does not fit the model exactly, and for a kind of adapter other than plain LoRA or rsLoRA;
@@ -102,7 +104,7 @@ def load_adapter(
         raise FileNotFoundError(f"load_adapter: expected {WEIGHTS_NAME} in {path}, got none")
     tensors = safetensors.torch.load_file(path / WEIGHTS_NAME)
     layers = _adapted(model, name)
-    expected = {
+    expected: dict[str, tuple[int, ...]] = {
         key: p.shape for key, p in _entries({at: one.adapter(name) for at, one in layers.items()}).items()
     }
     if name != DEFAULT:
@@ -134,7 +136,7 @@ def load_adapter(
         else:
             layer.replace_adapter(name, a, b, alpha, use_rslora=rslora)
         if name != DEFAULT:
-            layer.adapters[name].file_dtype = a.dtype
+            layer.holder(name).file_dtype = a.dtype
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -210,11 +212,12 @@ def _kind(layer: QLinear, dtype: torch.dtype | None) -> torch.dtype | None:
 
 
 def _file_dtype(layer: QLinear, name: str) -> torch.dtype | None:
-    return None if name == DEFAULT else layer.adapters[name].file_dtype
+    return None if name == DEFAULT else layer.holder(name).file_dtype
 
 
 def _as_it_came(t: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """In the dtype of the file that it was read from, if no value has changed since that needs a wider one."""
+    """In the dtype of the file that it was read from, if no value has changed since that needs a wider
+    one."""
     if dtype is None or dtype == t.dtype:
         return t
     narrow = t.to(dtype)

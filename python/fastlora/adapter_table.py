@@ -1,40 +1,36 @@
-""":class:`AdapterTable`: the adapters of one layer as rows of two pools, each with a slot that rows of x name.
-
-Row ``first + i`` of pool ``a`` is row i of a slot's A, the same row of pool ``b`` is column i of its B; nothing
-is padded. What learns are Parameters over those very rows: an optimiser's step in place is what the kernels
-read. Swapping rewrites rows, an entry and a scale in place, so that a captured CUDA graph follows.
+""":class:`AdapterTable`: the adapters of one layer as rows of two pools, each with a slot that rows of x
+name.
+ Row ``first + i`` of pool ``a`` is row i of a slot's A, the same row of pool ``b`` is column i of its B;
+nothing is padded. What learns are Parameters over those very rows: an optimiser's step in place is what the
+kernels read. Swapping rewrites rows, an entry and a scale in place, so that a captured CUDA graph follows.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .adapter_pairs import (
+    Given,
+    LowRank,
+    Pair,
+    check_pairs,
+    check_scalings,
+    compact,
+    flat,
+    is_over,
+    parameter_for,
+    refuse,
+)
 from .checks import DTYPE_CODE
 from .rank_rows import RankRows
 
 MAX_SLICES = 8
 ROWS_A_SLOT = 16  # of a pool that is made without saying how many
-
-#: (lora_A (r, k), lora_B (n_j, r)) of one slice of an adapter; None where the slice has none.
-Pair: TypeAlias = "tuple[nn.Parameter, nn.Parameter] | None"
-
-
-class LowRank(NamedTuple):
-    """A table as the ops take it, and what of it learns."""
-
-    a: list[Tensor]  # (R_j, k), a slice each
-    b: list[Tensor]  # (R_j, n_j)
-    entries: Tensor  # int32 (slices, capacity, 2): {first row, rank}
-    scaling: Tensor  # float32 (slices, capacity)
-    widths: list[int]  # of u and v, a slice each
-    parameters: list[Tensor]  # lora_A, lora_B, lora_A, ... of those that are rows of the pools and learn
-    places: tuple[tuple[int, int, int], ...]  # (slice, first row, rank) of each pair
 
 
 @dataclass
@@ -50,19 +46,19 @@ class AdapterTable:
     """Adapters of one linear layer, of any ranks, in slots.
 
     Args:
-        in_features: k.
-        out_features: n, or the parts of it that a packed layer (qkv, gate and up) gives adapters of their own:
+        in_features: k. out_features: n, or the parts of it that a packed layer (qkv, gate and up) gives
+        adapters of their own:
             1 to 8 slices, which lie side by side in y.
-        capacity: slots.
-        rank_rows: rows of each slice's pools, the sum of ranks that they hold; 16 a slot by default.
-        max_rank: the largest rank that u has columns for from the start. A new adapter of a larger one makes u
+        capacity: slots. rank_rows: rows of each slice's pools, the sum of ranks that they hold; 16 a slot by
+        default. max_rank: the largest rank that u has columns for from the start. A new adapter of a larger
+        one makes u
             wider, which a captured graph would not notice.
         dtype: of the pools: float32, bfloat16 or float16, whatever x's is.
         fixed: never allocate anew: what does not fit is an error. By default the table grows, which moves the
             pools (and the parameters with them); with `fixed`, max_rank is 64 unless given.
 
-    Changing a table while another thread computes with it is the caller's to prevent. A graph of autograd that
-    was recorded before a change of an adapter it used cannot be walked after it: torch says so.
+    Changing a table while another thread computes with it is the caller's to prevent. A graph of autograd
+    that was recorded before a change of an adapter it used cannot be walked after it: torch says so.
 
     Raises ValueError for sizes, values and unknown names, TypeError for dtypes.
     """
@@ -166,7 +162,7 @@ class AdapterTable:
 
     def set_scaling(self, name: str, scaling: float | Sequence[float]) -> None:
         one = self._of(name)
-        one.scaling = self._scalings("set_scaling", scaling)
+        one.scaling = check_scalings("set_scaling", scaling, len(self.slices))
         self._write(self._index[name])
 
     def _of(self, name: str) -> _Adapter:
@@ -195,14 +191,14 @@ class AdapterTable:
             raise TypeError(f"AdapterTable.register: expected a name, got {name!r}")
         if name in self._index:
             raise ValueError(f"AdapterTable.register: expected a new name, got {name!r}; replace() swaps it")
-        given = self._given("register", lora_a, lora_b)
-        scales = self._scalings("register", scaling)
+        given = check_pairs("register", lora_a, lora_b, self.in_features, self.slices)
+        scales = check_scalings("register", scaling, len(self.slices))
         ranks = [0 if pair is None else pair[0].shape[0] for pair in given]
         self._check_ranks("register", ranks)
         slot = next((i for i, one in enumerate(self._slots) if one is None), None)
         if slot is None and self.fixed:
             raise ValueError(
-                f"AdapterTable.register: expected a free slot, got {self.capacity} taken ones of a fixed table"
+                f"AdapterTable.register: expected a free slot in a fixed table, got {self.capacity} taken"
             )
         one = _Adapter(name, ranks, scales, [None] * len(ranks))
         one.runs = self._place("register", ranks)
@@ -226,8 +222,8 @@ class AdapterTable:
         """Swap an adapter's values, and its ranks, in its slot. Where a rank is not larger than the one that
         the slot was first given, its rows stay where they are."""
         one = self._of(name)
-        given = self._given("replace", lora_a, lora_b)
-        scales = one.scaling if scaling is None else self._scalings("replace", scaling)
+        given = check_pairs("replace", lora_a, lora_b, self.in_features, self.slices)
+        scales = one.scaling if scaling is None else check_scalings("replace", scaling, len(self.slices))
         ranks = [0 if pair is None else pair[0].shape[0] for pair in given]
         self._check_ranks("replace", ranks)
         given = [pair and (pair[0].detach().clone(), pair[1].detach().clone()) for pair in given]
@@ -253,12 +249,13 @@ class AdapterTable:
         self._free(one)
         self._write(slot)
         with torch.inference_mode(False), torch.no_grad():
-            for p in _flat(one.pairs):
+            for p in flat(one.pairs):
                 p.data = p.detach().clone()
                 torch.autograd.graph.increment_version(p)  # a graph that is still to be walked reads the rows
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> AdapterTable:
-        """Move or cast it, in place. Parameters on another kind of device are new ones, as in torch.nn.Module."""
+        """Move or cast it, in place. Parameters on another kind of device are new ones, as in
+        torch.nn.Module."""
         dtype = self.dtype if dtype is None else dtype
         if dtype not in DTYPE_CODE:
             raise TypeError(f"AdapterTable.to: expected dtype float32, bfloat16 or float16, got {dtype}")
@@ -270,7 +267,7 @@ class AdapterTable:
     def follow(self, pairs: Mapping[str, Sequence[Pair]]) -> None:
         """Take `pairs` for the parameters of the adapters of these names, with the values, dtype and device
         that they have now, and make them rows of the pools again where they are not."""
-        parameters = [p for name in pairs for p in _flat(pairs[name])]
+        parameters = [p for name in pairs for p in flat(pairs[name])]
         kinds = {(p.dtype, p.device) for p in parameters}
         if len(kinds) > 1:
             raise TypeError(
@@ -282,8 +279,8 @@ class AdapterTable:
                 shape = (rank, self.in_features), (self.slices[j], rank)
                 if pair is not None and (pair[0].shape, pair[1].shape) != shape:
                     raise ValueError(
-                        f"AdapterTable: expected parameters of {name!r} of shapes {shape[0]} and {shape[1]}, got "
-                        f"{tuple(pair[0].shape)} and {tuple(pair[1].shape)}"
+                        f"AdapterTable: expected parameters of {name!r} of shapes {shape[0]} and {shape[1]}, "
+                        f"got {tuple(pair[0].shape)} and {tuple(pair[1].shape)}"
                     )
             one.pairs = list(new)
         if kinds:
@@ -327,12 +324,10 @@ class AdapterTable:
                 self._fill(one, one.pairs, moved=True)
                 self._write(slot)
 
-    def _fill(
-        self, one: _Adapter, values: Sequence[tuple[Tensor, Tensor] | None], *, moved: bool = False
-    ) -> None:
+    def _fill(self, one: _Adapter, values: Sequence[Given], *, moved: bool = False) -> None:
         """Write values, (lora_A, lora_B) of each slice, into an adapter's rows, and make its parameters views
-        of them. The parameters' own versions count the write, not the pool's: a graph that used other adapters
-        does not mind. moved: into new pools, which is no change of the parameters."""
+        of them. The parameters' own versions count the write, not the pool's: a graph that used other
+        adapters does not mind. moved: into new pools, which is no change of the parameters."""
         with torch.inference_mode(False), torch.no_grad():
             for j, (value, rank, (first, _)) in enumerate(zip(values, one.ranks, one.runs, strict=True)):
                 if value is None:
@@ -341,15 +336,15 @@ class AdapterTable:
                 rows_of_a, rows_of_b = (pool[j][first : first + rank] for pool in (self.a, self.b))
                 views = rows_of_a, rows_of_b.t()
                 held = one.pairs[j] or value
-                a, b = (_parameter(p, view) for p, view in zip(held, views, strict=True))
+                a, b = (parameter_for(p, view) for p, view in zip(held, views, strict=True))
                 one.pairs[j] = a, b
                 for p, view, source in zip((a, b), views, value, strict=True):
                     old = source.detach()  # keeps the memory that p is taken from
                     if moved:
                         view.copy_(old)
-                    if not _is_over(p, view):
+                    if not is_over(p, view):
                         p.data = view
-                    if not _is_over(old, view) and not moved:
+                    if not is_over(old, view) and not moved:
                         p.copy_(old)
 
     def _write(self, slot: int) -> None:
@@ -375,8 +370,8 @@ class AdapterTable:
                 for taken, run in zip(self._rows, runs, strict=False):
                     taken.give(*run)
                 raise ValueError(
-                    f"AdapterTable.{op}: expected a gap of {rank} rows in a fixed table, got {rows.free} free "
-                    f"of {rows.size}, {rows.largest_gap} of them together"
+                    f"AdapterTable.{op}: expected a gap of {rank} rows in a fixed table, got {rows.free} "
+                    f"free of {rows.size}, {rows.largest_gap} of them together"
                 )
             runs.append((first, rank))
         self.widths = [max(pair) for pair in zip(self.widths, ranks, strict=True)]
@@ -388,47 +383,9 @@ class AdapterTable:
         for rows, run in zip(self._rows, one.runs, strict=True):
             rows.give(*run)
 
-    # --- what is refused ----------------------------------------------------------------------------------
-
-    def _given(
-        self, op: str, lora_a: Tensor | Sequence[Tensor | None], lora_b: Tensor | Sequence[Tensor | None]
-    ) -> list[tuple[Tensor, Tensor] | None]:
-        many = [[t] if isinstance(t, Tensor) else list(t) for t in (lora_a, lora_b)]
-        count = len(self.slices)
-        if len(many[0]) != count or len(many[1]) != count:
-            self._refuse(op, f"{count} lora_a and lora_b, one a slice", f"{len(many[0])} and {len(many[1])}")
-        given: list[tuple[Tensor, Tensor] | None] = []
-        for a, b, n in zip(*many, self.slices, strict=True):
-            if a is None or b is None:
-                if a is not b:
-                    self._refuse(op, "lora_a and lora_b of a slice together", "only one of them")
-                given.append(None)
-                continue
-            for name, t in (("lora_a", a), ("lora_b", b)):
-                if not t.is_floating_point():
-                    raise TypeError(f"AdapterTable.{op}: expected {name} of a floating dtype, got {t.dtype}")
-            if a.dim() != 2 or a.shape[1] != self.in_features or not a.shape[0]:
-                self._refuse(op, f"lora_a of shape (r >= 1, {self.in_features})", tuple(a.shape))
-            if b.shape != (n, a.shape[0]):
-                self._refuse(op, f"lora_b of shape {(n, a.shape[0])}", tuple(b.shape))
-            given.append((a, b))
-        if not any(given):
-            self._refuse(op, "an adapter in at least one slice", "none")
-        return given
-
-    def _scalings(self, op: str, scaling: float | Sequence[float]) -> list[float]:
-        count = len(self.slices)
-        many = [float(s) for s in scaling] if isinstance(scaling, Sequence) else [float(scaling)] * count
-        if len(many) != count or not all(map(math.isfinite, many)):
-            self._refuse(op, f"a finite scaling, or {count} of them, one a slice", scaling)
-        return many
-
     def _check_ranks(self, op: str, ranks: list[int]) -> None:
         if self.fixed and any(rank > width for rank, width in zip(ranks, self.widths, strict=True)):
-            self._refuse(op, f"ranks of at most {self.widths} in a fixed table", ranks)
-
-    def _refuse(self, op: str, expected: str, got: object) -> NoReturn:
-        raise ValueError(f"AdapterTable.{op}: expected {expected}, got {got}")
+            refuse(op, f"ranks of at most {self.widths} in a fixed table", ranks)
 
     # --- copies -------------------------------------------------------------------------------------------
 
@@ -464,32 +421,3 @@ class AdapterTable:
         self.__dict__.update(state)
         if any(pair for many in pairs.values() for pair in many) or not pairs:
             self.follow(pairs)
-
-
-def compact(p: nn.Parameter) -> nn.Parameter:
-    """A copy whose memory holds nothing else, where the parameter's holds a whole pool."""
-    return nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
-
-
-def _parameter(value: Tensor, view: Tensor) -> nn.Parameter:
-    """The value itself, if it is a Parameter that can be pointed at `view`, else an empty one that can be."""
-    if isinstance(value, nn.Parameter):
-        if torch._has_compatible_shallow_copy_type(value, view):
-            return value
-        return nn.Parameter(view.new_empty(0), requires_grad=value.requires_grad)
-    return nn.Parameter(view.new_empty(0), requires_grad=False)  # with a version of its own, not the pool's
-
-
-def _is_over(t: Tensor, view: Tensor) -> bool:
-    """Whether two tensors are the same elements of memory."""
-    return (t.dtype, t.device, t.shape, t.stride(), t.data_ptr()) == (
-        view.dtype,
-        view.device,
-        view.shape,
-        view.stride(),
-        view.data_ptr(),
-    )
-
-
-def _flat(pairs: Sequence[Pair]) -> list[nn.Parameter]:
-    return [p for pair in pairs if pair is not None for p in pair]

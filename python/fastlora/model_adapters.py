@@ -1,4 +1,5 @@
-""":func:`adapters`: a batch in which every row, or every prompt, has an adapter of its own, for a whole model."""
+""":func:`adapters`: a batch in which every row, or every prompt, has an adapter of its own, for a whole
+model."""
 
 from __future__ import annotations
 
@@ -22,24 +23,25 @@ class adapters:
     """Inside ``with fastlora.adapters(model, names):`` row i of a batch has the adapter ``names[i]``.
 
     Args:
-        model: any module with QLinear layers, or one of them.
-        names: an adapter's name, or None for the base alone, for each row of x (rows, k), or for each prompt of
-            x (prompts, tokens, k), whose tokens then all have it. So the same block serves a whole generation:
-            the prompts, and then a token each. "default" is a layer's own adapter.
-        batch_invariant: one kernel whatever the number of rows, so that a row's bits do not depend on who shares
+        model: any module with QLinear layers, or one of them. names: an adapter's name, or None for the base
+        alone, for each row of x (rows, k), or for each prompt of
+            x (prompts, tokens, k), whose tokens then all have it. So the same block serves a whole
+            generation: the prompts, and then a token each. "default" is a layer's own adapter.
+        batch_invariant: one kernel whatever the number of rows, so that a row's bits do not depend on who
+        shares
             its batch.
 
     A layer without one of the adapters, where others of the model have it, computes the base for its rows, as
-    PEFT does with adapters that target different layers. Blocks may be nested, the inner one holds; what was in
-    force before comes back when it is left, by an exception too. The object can be kept and entered again, which
-    saves looking the layers up.
+    PEFT does with adapters that target different layers. Blocks may be nested, the inner one holds; what was
+    in force before comes back when it is left, by an exception too. The object can be kept and entered again,
+    which saves looking the layers up.
 
-    A block holds for the thread that entered it; a layer under torch.compile is routed for all threads, of which
-    one at a time may then be inside. A backward pass may come after the block: checkpointed layers are replayed
-    with the routing that they had, but compiled ones only inside the block.
+    A block holds for the thread that entered it; a layer under torch.compile is routed for all threads, of
+    which one at a time may then be inside. A backward pass may come after the block: checkpointed layers are
+    replayed with the routing that they had, but compiled ones only inside the block.
 
-    Raises, with nothing changed: ValueError for a name that no layer has, listing those there are; RuntimeError
-    for a merged layer. A layer that is given another number of rows raises ValueError.
+    Raises, with nothing changed: ValueError for a name that no layer has, listing those there are;
+    RuntimeError for a merged layer. A layer that is given another number of rows raises ValueError.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str | None], batch_invariant: bool = False) -> None:

@@ -3,10 +3,9 @@
     y  = x·Wᵀ + s·u·Bᵀ + bias      u = x·Aᵀ          of each row's own adapter
     dx = dy·W + v·A                v = s·dy·B
     dA = vᵀ·x,  dB = s·dyᵀ·u       over the rows of each slot; zero for an adapter without rows
-
-The kernels read the pools of an AdapterTable, and what learns are Parameters over rows of them. So the
-Parameters are arguments of the autograd.Function although it computes with the pools: their gradients are rows
-of the pools' gradients, views and no copies. Otherwise as in autograd.py.
+ The kernels read the pools of an AdapterTable, and what learns are Parameters over rows of them. So the
+Parameters are arguments of the autograd.Function although it computes with the pools: their gradients are
+rows of the pools' gradients, views and no copies. Otherwise as in autograd.py.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ import torch
 from torch import Tensor
 
 from . import checks
-from .adapter_table import AdapterTable, LowRank
+from .adapter_pairs import LowRank
+from .adapter_table import AdapterTable
 from .autograd import _SEED_BOUND, _any_autocast, _autocast_is_on, _NoSecondDerivative, _rows
 from .checks import Packed
 from .nf4 import NF4Weight
@@ -50,9 +50,9 @@ def segmented_lora(
     """Add each row's low-rank term, y[i] += scaling[s]·(x[i]·A[s]ᵀ)·B[s]ᵀ with s = slots[i], and return y.
 
     Args:
-        x: ``(..., k)``, float32, bfloat16 or float16.
-        table: the adapters; their dtype may differ from x's.
-        slots: a slot a row, -1 for none, int32 or int64; or a :class:`Routing` from :func:`route`, which several
+        x: ``(..., k)``, float32, bfloat16 or float16. table: the adapters; their dtype may differ from x's.
+        slots: a slot a row, -1 for none, int32 or int64; or a :class:`Routing` from :func:`route`, which
+        several
             calls share.
         y: ``(..., n)`` in x's dtype, contiguous; written in place. Rows without an adapter keep their bits.
 
@@ -77,13 +77,14 @@ def nf4_multi_lora_linear(
     *,
     batch_invariant: bool = False,
 ) -> Tensor:
-    """y = x·Wᵀ + bias, W packed in NF4, and each row's low-rank term: :func:`segmented_lora` and the base in one.
+    """y = x·Wᵀ + bias, W packed in NF4, and each row's low-rank term: :func:`segmented_lora` and the base in
+    one.
 
-    x, bias and weight are as in :func:`nf4_linear`, table and slots as in :func:`segmented_lora`. Under autocast
-    x is cast first. batch_invariant: a row's bits do not depend on the rows that share its batch.
+    x, bias and weight are as in :func:`nf4_linear`, table and slots as in :func:`segmented_lora`. Under
+    autocast x is cast first. batch_invariant: a row's bits do not depend on the rows that share its batch.
 
-    Returns ``(..., n)`` in x's dtype. Differentiable once in x, bias and the table's parameters. Raises as those
-    two do.
+    Returns ``(..., n)`` in x's dtype. Differentiable once in x, bias and the table's parameters. Raises as
+    those two do.
     """
     if len(weight.shape) != 2:
         raise ValueError(
@@ -104,8 +105,8 @@ def multi_linear(
     dropout: Dropout,
     batch_invariant: bool,
 ) -> Tensor:
-    """:func:`nf4_multi_lora_linear` over the parts of a weight and of a table. Gradients go to `low.parameters`,
-    or to the pools where they themselves ask for them."""
+    """:func:`nf4_multi_lora_linear` over the parts of a weight and of a table. Gradients go to
+    `low.parameters`, or to the pools where they themselves ask for them."""
     if _any_autocast():
         device_type = x.device.type
         if _autocast_is_on(device_type) and x.dtype in checks.DTYPE_CODE:
@@ -161,7 +162,8 @@ def _kinds(dropout: Dropout, routing: Routing) -> Tensor | None:
 
 
 def _dropped(x: Tensor, p: tuple[float, ...], kinds: Tensor | None, seed: Tensor | None) -> Tensor:
-    """x as the adapters see it: each row with its adapter's probability, the mask a function of seed and place."""
+    """x as the adapters see it: each row with its adapter's probability, the mask a function of seed and
+    place."""
     assert seed is not None
     if kinds is None:
         return _dropout(x, seed, p[0])

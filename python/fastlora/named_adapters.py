@@ -1,8 +1,7 @@
 """Adapters by name on one layer: what of QLinear is about having several.
-
-A layer with named adapters keeps all of them, its own too, in an AdapterTable. The own one, "default", stays the
-layer's lora_A and lora_B; another is ``layer.adapters[name]``, a module with parameters of these names. All are
-views of the table's pools, which is kept so by whatever torch does to a module's parameters.
+ A layer with named adapters keeps all of them, its own too, in an AdapterTable. The own one, "default", stays
+the layer's lora_A and lora_B; another is ``layer.adapters[name]``, a module with parameters of these names.
+All are views of the table's pools, which is kept so by whatever torch does to a module's parameters.
 """
 
 from __future__ import annotations
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 
 from . import checks
 from .active import Place
-from .adapter_table import AdapterTable, LowRank, Pair, compact
+from .adapter_pairs import LowRank, Pair, compact
+from .adapter_table import AdapterTable
 from .autograd import linear_from_parts
 from .checks import Packed
 from .multi_autograd import NO_DROPOUT, Dropout, multi_linear
@@ -27,7 +27,8 @@ DEFAULT = "default"
 
 
 class Adapter(nn.Module):
-    """A named adapter of a layer. Parameters: ``lora_A`` ``(r, k)``, ``lora_B`` ``(n, r)``, rows of its table.
+    """A named adapter of a layer. Parameters: ``lora_A`` ``(r, k)``, ``lora_B`` ``(n, r)``, rows of its
+    table.
 
     dropout and, by :meth:`set_alpha`, the scaling may be changed at any time outside a block of
     :func:`fastlora.adapters`.
@@ -92,8 +93,12 @@ class NamedAdapters(nn.Module):
         use_rslora: bool
         scaling: float
         dropout: float
-        merged: bool
+        weight: Tensor
+        lora_B: Tensor | None
         adapters: nn.ModuleDict
+
+        @property
+        def merged(self) -> bool: ...
 
     def add_adapter(
         self,
@@ -110,8 +115,9 @@ class NamedAdapters(nn.Module):
         :func:`fastlora.adapters` some.
 
         rank, alpha, dropout and use_rslora are as for the layer. dtype: of its parameters; all adapters of a
-        layer have one dtype, by default that of those it has, else float32. The layer's lora_B and those of its
-        adapters become views of a common pool, whose strides are (1, n): make optimisers after the last adapter.
+        layer have one dtype, by default that of those it has, else float32. The layer's lora_B and those of
+        its adapters become views of a common pool, whose strides are (1, n): make optimisers after the last
+        adapter.
 
         Raises ValueError for a name that is taken or "default", RuntimeError inside a block of
         :func:`fastlora.adapters` and on a merged layer.
@@ -157,7 +163,8 @@ class NamedAdapters(nn.Module):
         self._check_change("delete_adapter")
         if name == DEFAULT or name not in self.adapter_names:
             raise ValueError(
-                f"delete_adapter: expected the name of an added adapter, got {name!r}; this layer has {self._has()}"
+                f"delete_adapter: expected the name of an added adapter, got {name!r}; this layer has "
+                f"{self._has()}"
             )
         if name == self._active:
             raise RuntimeError(
@@ -178,10 +185,11 @@ class NamedAdapters(nn.Module):
     def replace_adapter(
         self, name: str, lora_a: Tensor, lora_b: Tensor, alpha: float, *, use_rslora: bool = False
     ) -> None:
-        """Swap an adapter's values for lora_a (r, k) and lora_b (n, r), in place; the rank may be another. Also
-        inside a block of :func:`fastlora.adapters`, and under a captured CUDA graph where the rank is no larger."""
+        """Swap an adapter's values for lora_a (r, k) and lora_b (n, r), in place; the rank may be another.
+        Also inside a block of :func:`fastlora.adapters`, and under a captured CUDA graph where the rank is no
+        larger."""
         self.adapter(name)
-        of: Any = self if name == DEFAULT else self.adapters[name]
+        of = self.holder(name)
         scaling = alpha / (math.sqrt(lora_a.shape[0]) if use_rslora else lora_a.shape[0])
         self.join_table().replace(name, lora_a, lora_b, scaling)
         of.rank = lora_a.shape[0]
@@ -205,13 +213,17 @@ class NamedAdapters(nn.Module):
             raise ValueError(
                 f"QLinear: expected the name of an adapter, got {name!r}; this layer has {self._has()}"
             )
-        of: Any = self if name == DEFAULT else self.adapters[name]
+        of = self.holder(name)
         return Parts(of.lora_A, of.lora_B, of.rank, of.alpha, of.use_rslora, of.scaling, of.dropout)
+
+    def holder(self, name: str) -> Any:
+        """The module that has an adapter's parameters and numbers as attributes: the layer, or an Adapter."""
+        return self if name == DEFAULT else self.adapters[name]
 
     def set_adapter_alpha(self, name: str, alpha: float, use_rslora: bool = False) -> None:
         """set_alpha of the layer's own adapter or of a named one."""
         self.adapter(name)
-        of: Any = self if name == DEFAULT else self.adapters[name]
+        of = self.holder(name)
         of.set_alpha(alpha, use_rslora)
 
     # --- for fastlora.adapters ----------------------------------------------------------------------------
@@ -231,7 +243,7 @@ class NamedAdapters(nn.Module):
                 dtype=kind or torch.float32, device=self.weight.device,
             )  # fmt: skip
             if own is not None:
-                table.register(DEFAULT, own, self.lora_B, self.scaling)
+                table.register(DEFAULT, own, [self.lora_B], self.scaling)
             self._table, self.place = table, self.place or Place()
             self._prepare()
             if _rejoin not in self._load_state_dict_post_hooks.values():
@@ -254,7 +266,7 @@ class NamedAdapters(nn.Module):
             return multi_linear(x, weight, bias, low, router.of(x), dropout, router.batch_invariant)
         if active is None or self.merged:
             return linear_from_parts(x, weight, bias, None, None, 0.0)
-        of: Any = self if active == DEFAULT else self.adapters[active]
+        of = self.holder(active)
         lora_a, lora_b = of._parameters["lora_A"], of._parameters["lora_B"]
         if lora_a is None:
             return linear_from_parts(x, weight, bias, None, None, 0.0)
@@ -282,9 +294,7 @@ class NamedAdapters(nn.Module):
         """Each adapter's, where it is one of this training pass."""
         if not self.training:
             return NO_DROPOUT
-        by_name = {DEFAULT: self.dropout}
-        for name, adapter in self.adapters.items() if "adapters" in self._modules else ():
-            by_name[name] = adapter.dropout
+        by_name: dict[str, float] = {name: self.holder(name).dropout for name in table.names}
         mine = [by_name[name] for name in table.names]
         p = tuple(dict.fromkeys(one for one in mine if one))
         if not p or mine.count(p[0]) == len(mine):

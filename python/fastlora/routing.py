@@ -34,7 +34,8 @@ def route(slots: Tensor | Sequence[int], capacity: int) -> Routing:
     if not isinstance(slots, Tensor):
         slots = torch.tensor(slots, dtype=torch.int32)
     slots = slots.reshape(-1)
-    return Routing(slots, *_route(slots, capacity), capacity)
+    order, segments = _route(slots, capacity)
+    return Routing(slots, order, segments, capacity)
 
 
 def uniform(m: int, device: torch.device) -> Routing:
@@ -76,8 +77,8 @@ class Router:
             return self.routing
         if len(lead) < 2 or lead[0] != count:
             raise ValueError(
-                f"QLinear: expected x of {count} rows or of {count} prompts, as many as adapters were named, got "
-                f"x of shape {tuple(x.shape)}"
+                f"QLinear: expected x of {count} rows or of {count} prompts, as many as adapters were named, "
+                f"got x of shape {tuple(x.shape)}"
             )
         tokens = m // count
         if torch.compiler.is_compiling():
