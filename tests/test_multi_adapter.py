@@ -382,6 +382,40 @@ def test_adapters_trained_together_are_those_trained_apart():
         assert_joined(layer)
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_an_optimiser_goes_on_when_the_layer_gets_a_second_adapter(fused, resumed):
+    """lora_B's strides change with it, which torch's fused steps would not notice by themselves."""
+
+    def train(steps):
+        layer = make_layer(ranks={})
+        optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], lr=1e-2, fused=fused)
+        for step in range(6):
+            for change in steps.get(step, ()):
+                if change == "add":
+                    layer.add_adapter("a", 3, 8)
+                elif change == "delete":
+                    layer.delete_adapter("a")
+                elif resumed:
+                    state = copy.deepcopy(optimizer.state_dict())
+                    optimizer = torch.optim.AdamW([layer.lora_A, layer.lora_B], lr=1e-2, fused=fused)
+                    optimizer.load_state_dict(state)
+            for half in (slice(0, 8), slice(8, 16)):
+                (layer(draw(16, K)[half]) - draw(16, N, seed=9)[half]).square().mean().backward()
+                if half.start == 0 and step == 3:
+                    for change in steps.get("half", ()):
+                        layer.add_adapter(change, 3, 8)
+            optimizer.step()
+            optimizer.zero_grad()
+        return layer
+
+    want = train({})
+    for steps in ({2: ["add", "load"]}, {2: ["load", "add"], 4: ["delete", "load"]}, {"half": ["a"]}):
+        got = train(steps)
+        for p, q in zip((got.lora_A, got.lora_B), (want.lora_A, want.lora_B), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_checkpoints_replay_the_routing_they_had(reentrant, dropout):

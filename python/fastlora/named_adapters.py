@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, optimizer_strides
 from .active import Place
 from .adapter_pairs import LowRank, Pair, compact
 from .adapter_table import AdapterTable
@@ -141,6 +141,7 @@ class NamedAdapters(nn.Module):
         adapter.lora_A, adapter.lora_B = nn.Parameter(a), nn.Parameter(b)
         adapter.reset()
         table.register(name, adapter.lora_A, adapter.lora_B, adapter.scaling)
+        optimizer_strides.watch([adapter.lora_B])
         if "adapters" not in self._modules:
             self.adapters = nn.ModuleDict()
         self.adapters[name] = adapter
@@ -242,8 +243,10 @@ class NamedAdapters(nn.Module):
                 self.in_features, self.out_features, rank_rows=(self.rank if own is not None else 0) + more,
                 dtype=kind or torch.float32, device=self.weight.device,
             )  # fmt: skip
-            if own is not None:
-                table.register(DEFAULT, own, [self.lora_B], self.scaling)
+            lora_b = self._parameters.get("lora_B")
+            if own is not None and lora_b is not None:
+                table.register(DEFAULT, own, lora_b, self.scaling)
+                optimizer_strides.watch([own, lora_b])
             self._table, self.place = table, self.place or Place()
             self._prepare()
             if _rejoin not in self._load_state_dict_post_hooks.values():
