@@ -152,3 +152,27 @@ def test_readme_example_of_a_whole_model(tmp_path: Path, monkeypatch: pytest.Mon
     exec(compile(blocks[1], "README.md", "exec"), {"fastlora": fastlora, "model": model})
     assert all(isinstance(layer, fastlora.QLinear) for layer in model)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_readme_example_of_several_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastlora
+
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 32))
+    fastlora.convert(model, rank=0, progress=False)
+    for i, name in enumerate(("english", "unicode")):
+        for layer in model:
+            layer.add_adapter(name, 2 + i, 4)
+            torch.nn.init.normal_(layer.adapters[name].lora_B)
+        fastlora.save_adapter(model, f"adapters/{name}", name=name)
+        for layer in model:
+            layer.delete_adapter(name)
+    names: dict = {"fastlora": fastlora, "model": model, "x": torch.randn(3, 64)}
+    exec(compile(blocks[2], "README.md", "exec"), names)
+    rows = []
+    for i, name in enumerate(("english", None, "unicode")):
+        for layer in model:
+            layer.set_adapter(name)
+        rows.append(model(names["x"][i]))
+    torch.testing.assert_close(names["y"], torch.stack(rows))
