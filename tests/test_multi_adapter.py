@@ -255,6 +255,21 @@ def test_a_model_generates_for_all_at_once_what_it_generates_for_each():
         assert torch.equal(model.generate(ids[i : i + 1], **options)[0], together[i])
 
 
+def test_a_block_used_in_inference_mode_trains():
+    layer, x = make_layer(), draw(7, 3, K)
+    with torch.inference_mode():
+        block = fastlora.adapters(layer, ROWS)
+        with block:
+            layer(x)
+            layer(x[:, 0])
+        layer.set_adapter("a")
+        layer(x)
+    with block:
+        (layer(x).sum() + layer(x[:, 0]).sum()).backward()
+    layer(x).sum().backward()
+    assert layer.adapter("b").lora_A.grad.any()
+
+
 def test_blocks_nest_and_end():
     layer, x = make_layer(), draw(2, K)
     plain, a, b = layer(x), routed(layer, x, ["a", "a"]), routed(layer, x, ["b", None])

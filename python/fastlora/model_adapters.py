@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from .active import Batch, Place
@@ -49,6 +48,7 @@ class adapters:
             raise TypeError(f"adapters: expected a sequence of names, one a row or a prompt, got {names!r}")
         self._layers = _layers(model)
         self._names, self._batch_invariant = list(names), batch_invariant
+        self._distinct = [name for name in dict.fromkeys(names) if name is not None]
         self._routers: dict[Place, Router] = {}
         self._seen: list[tuple[Any, ...]] | None = None
         self._entered: dict[int, list[Batch]] = {}  # by thread
@@ -58,7 +58,7 @@ class adapters:
         merged = [layer for layer in self._layers if layer.merged]
         if merged:
             raise RuntimeError(f"adapters: expected unmerged layers, got {len(merged)} that are merged")
-        tables = [layer.join_table() for layer in self._layers]
+        tables = [layer.join_table(self._distinct) for layer in self._layers]
         seen = [(id(table), table.generation, table.capacity, table.device) for table in tables]
         if seen != self._seen:
             self._check()
@@ -74,7 +74,7 @@ class adapters:
 
     def _check(self) -> None:
         known = {name for layer in self._layers for name in layer.adapter_names}
-        unknown = [name for name in dict.fromkeys(self._names) if name is not None and name not in known]
+        unknown = [name for name in self._distinct if name not in known]
         if unknown:
             raise ValueError(
                 f"adapters: expected names of adapters, got {unknown}; this model has {sorted(known)}"
@@ -83,15 +83,12 @@ class adapters:
     def _make(self, tables: list[AdapterTable]) -> dict[Place, Router]:
         shared: dict[tuple, Router] = {}
         routers: dict[Place, Router] = {}
-        distinct = list(dict.fromkeys(self._names))
         for layer, table in zip(self._layers, tables, strict=True):
-            slots = {name: table.slot(name) if name in table else -1 for name in distinct}
-            key = (*slots.values(), table.capacity, table.device)
+            slots = {name: table.slot(name) for name in self._distinct if name in table}
+            key = (tuple(slots.items()), table.capacity, table.device)
             if key not in shared:
-                rows = torch.tensor(
-                    [slots[name] for name in self._names], dtype=torch.int32, device=table.device
-                )
-                shared[key] = Router(rows, table.capacity, self._batch_invariant)
+                rows = [-1 if name is None else slots.get(name, -1) for name in self._names]
+                shared[key] = Router(rows, table.capacity, table.device, self._batch_invariant)
             assert layer.place is not None
             routers[layer.place] = shared[key]
         return routers

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -134,7 +134,7 @@ class NamedAdapters(nn.Module):
             raise TypeError(f"add_adapter: expected dtype float32, bfloat16 or float16, got {kind}")
         if dtype not in {None, kind}:
             raise TypeError(f"add_adapter: expected dtype {kind}, as the layer's other adapters, got {dtype}")
-        table = self.join_table(rank, kind)
+        table = self.join_table(more=rank, dtype=kind)
         adapter = Adapter(rank, alpha, use_rslora, dropout)
         a = torch.empty(rank, self.in_features, dtype=kind, device=table.device)
         b = torch.empty(self.out_features, rank, dtype=kind, device=table.device)
@@ -229,8 +229,10 @@ class NamedAdapters(nn.Module):
 
     # --- for fastlora.adapters ----------------------------------------------------------------------------
 
-    def join_table(self, more: int = 0, dtype: torch.dtype | None = None) -> AdapterTable:
-        """The table, with the adapters' present scalings; made if need be, with `more` free rows."""
+    def join_table(
+        self, names: Iterable[str] = (), *, more: int = 0, dtype: torch.dtype | None = None
+    ) -> AdapterTable:
+        """The table, with the present scalings of these adapters; made if need be, with `more` free rows."""
         table = self._table
         if table is None:
             own = self._parameters.get("lora_A")
@@ -251,10 +253,11 @@ class NamedAdapters(nn.Module):
             self._prepare()
             if _rejoin not in self._load_state_dict_post_hooks.values():
                 self.register_load_state_dict_post_hook(_rejoin)
-        for name in table.names:
-            scaling = self.adapter(name).scaling
-            if table.scaling_of(name) != (scaling,):
-                table.set_scaling(name, scaling)
+        for name in names:
+            if name in table:
+                scaling = self.holder(name).scaling
+                if table.scaling_of(name) != (scaling,):
+                    table.set_scaling(name, scaling)
         return table
 
     def forward_named(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:

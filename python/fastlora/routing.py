@@ -63,9 +63,12 @@ def _uniform(m: int, device: torch.device) -> Routing:
 class Router:
     """Slots of a batch's prompts, or of its rows, and the routing of whatever rows a layer is given."""
 
-    def __init__(self, slots: Tensor, capacity: int, batch_invariant: bool) -> None:
-        self.count = slots.shape[0]
-        self.routing = route(slots, capacity)
+    def __init__(
+        self, slots: Sequence[int], capacity: int, device: torch.device, batch_invariant: bool
+    ) -> None:
+        self.count = len(slots)
+        with torch.inference_mode(False):  # it may serve a training step later
+            self.routing = route(torch.tensor(slots, dtype=torch.int32, device=device), capacity)
         self.batch_invariant = batch_invariant
         self._by_tokens: dict[int, Routing] = {}
 
@@ -85,7 +88,8 @@ class Router:
             return self._expanded(tokens)
         made = self._by_tokens.get(tokens)
         if made is None:
-            made = self._by_tokens[tokens] = self._expanded(tokens)
+            with torch.inference_mode(False):
+                made = self._by_tokens[tokens] = self._expanded(tokens)
         return made
 
     def forget(self) -> None:
