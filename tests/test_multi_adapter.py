@@ -654,6 +654,18 @@ def test_parameters_stay_rows_of_the_pools(change):
     assert other.adapter("b").lora_A.grad.any()
 
 
+def test_a_block_finds_parameters_that_were_put_in_behind_the_tables_back():
+    layer, x = make_layer(), draw(7, K)
+    layer.adapters["b"].lora_A = nn.Parameter(draw(8, K, seed=1))
+    layer.adapters["a"].lora_B.data = draw(N, 3, seed=2)
+    layer.lora_B.data = layer.lora_B.detach().contiguous()
+    assert relative_error(routed(layer, x), exact(layer, x.double(), ROWS)[0]) < 1e-5
+    assert_joined(layer)
+    layer.adapters.half()
+    with pytest.raises(TypeError, match="expected adapters of one dtype and device, got"):
+        routed(layer, x)
+
+
 def test_copies_are_their_own():
     layer, x = make_layer(), draw(7, K)
     want = routed(layer, x)

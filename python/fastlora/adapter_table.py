@@ -264,10 +264,21 @@ class AdapterTable:
         self._allocate()
         return self
 
+    def holds(self, name: str, slice_: int, lora_a: Tensor, lora_b: Tensor) -> bool:
+        """Whether these very Parameters are an adapter's rows."""
+        one = self._of(name)
+        first, end = one.runs[slice_][0], one.runs[slice_][0] + one.ranks[slice_]
+        a, b = self.a[slice_][first:end], self.b[slice_][first:end].t()
+        pair = one.pairs[slice_]
+        same = pair is not None and pair[0] is lora_a and pair[1] is lora_b
+        return same and is_over(lora_a, a) and is_over(lora_b, b)
+
     def follow(self, pairs: Mapping[str, Sequence[Pair]]) -> None:
         """Take `pairs` for the parameters of the adapters of these names, with the values, dtype and device
         that they have now, and make them rows of the pools again where they are not."""
         parameters = [p for name in pairs for p in flat(pairs[name])]
+        if any(hasattr(p, "full_tensor") for p in parameters):
+            raise RuntimeError("AdapterTable: expected whole parameters, got sharded ones")
         kinds = {(p.dtype, p.device) for p in parameters}
         if len(kinds) > 1:
             raise TypeError(

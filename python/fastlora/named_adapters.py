@@ -237,9 +237,7 @@ class NamedAdapters(nn.Module):
         if table is None:
             own = self._parameters.get("lora_A")
             if hasattr(own, "full_tensor"):
-                raise RuntimeError(
-                    "QLinear: expected whole parameters for several adapters, got sharded ones"
-                )
+                raise RuntimeError("AdapterTable: expected whole parameters, got sharded ones")
             kind = dtype if own is None else own.dtype
             table = AdapterTable(
                 self.in_features, self.out_features, rank_rows=(self.rank if own is not None else 0) + more,
@@ -253,11 +251,13 @@ class NamedAdapters(nn.Module):
             self._prepare()
             if _rejoin not in self._load_state_dict_post_hooks.values():
                 self.register_load_state_dict_post_hook(_rejoin)
-        for name in names:
-            if name in table:
-                scaling = self.holder(name).scaling
-                if table.scaling_of(name) != (scaling,):
-                    table.set_scaling(name, scaling)
+        mine = [name for name in names if name in table]
+        if not all(table.holds(name, 0, *self.adapter(name)[:2]) for name in mine):
+            self.rejoin()  # somebody put in other parameters, or other memory
+        for name in mine:
+            scaling = self.holder(name).scaling
+            if table.scaling_of(name) != (scaling,):
+                table.set_scaling(name, scaling)
         return table
 
     def forward_named(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
