@@ -293,7 +293,7 @@ def test_casts_and_moves(dtype):
 
 @dtypes
 @pytest.mark.parametrize("table_dtype", TOLERANCES, ids=str)
-def test_the_term_and_its_gradients_are_those_of_a_loop(dtype, table_dtype):
+def test_the_term_and_its_gradients_are_those_of_a_loop(layer_device, dtype, table_dtype):
     table = make_table(dtype=table_dtype)
     x = draw(len(ROWS), K, seed=3, dtype=dtype).requires_grad_()
     base = draw(len(ROWS), N, seed=4, dtype=dtype)
@@ -317,7 +317,7 @@ def test_the_term_and_its_gradients_are_those_of_a_loop(dtype, table_dtype):
 
 @dtypes
 @pytest.mark.parametrize("lead", [(11,), (1, 11), (0,), (1,)], ids=str)
-def test_the_layer_and_its_gradients_are_those_of_a_loop(dtype, lead):
+def test_the_layer_and_its_gradients_are_those_of_a_loop(layer_device, dtype, lead):
     rows = ROWS[: torch.Size(lead).numel()]
     table, weight = make_table(), fastlora.quantize_nf4(draw(N, K, seed=1, scale=0.1))
     x = draw(*lead, K, seed=3, dtype=dtype).requires_grad_()
@@ -339,7 +339,7 @@ def test_the_layer_and_its_gradients_are_those_of_a_loop(dtype, lead):
         assert relative_error(g, w) < GRADIENT[dtype]
 
 
-def test_slices_of_a_packed_layer():
+def test_slices_of_a_packed_layer(layer_device):
     """q, k and v of unequal widths; one adapter is in q and v alone, one has another rank in each."""
     ranks = {"qv": (4, 0, 2), "all": (1, 5, 9), "k": (0, 3, 0)}
     table = make_table(ranks, n=(32, 8, 8))

@@ -186,7 +186,9 @@ def test_replacing_in_place_inside_a_block():
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("batch_invariant", [False, True])
-def test_each_row_has_its_adapter_and_gradients_go_to_it(dtype, batch_invariant):
+def test_each_row_has_its_adapter_and_gradients_go_to_it(layer_device, dtype, batch_invariant):
+    if batch_invariant and dtype == torch.float32 and layer_device != "cpu":
+        pytest.skip("on CUDA a product in float32 is torch's")
     layer = make_layer()
     layer.add_adapter("idle", 6, 8)
     x = draw(7, K, dtype=dtype).requires_grad_()
@@ -490,7 +492,7 @@ def test_blocks_are_not_remembered_without_end(monkeypatch):
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_dropout_is_each_adapters_own(same):
+def test_dropout_is_each_adapters_own(layer_device, same):
     p = {"default": 0.4, "a": 0.4 if same else 0.7, "b": 0.4 if same else 0.0}
     layer = make_layer(dropout=p["default"], dropouts=p)
     x = draw(7, K).requires_grad_()
