@@ -64,8 +64,9 @@ struct ExpandArgs {
   const SegmentedJob& job;
   const Side& side;
   const void* narrow;
-  void* out;      // (m, side.ld), dtype, or null
-  float* addend;  // else (m, side.ld) in float32: rows that have an adapter are written
+  int64_t row_begin, row_end;  // of the batch: only these, and `out` and `addend` begin with the first
+  void* out;                   // (rows, side.ld), dtype, or null
+  float* addend;               // else (rows, side.ld) in float32: rows that have an adapter are written
   bool scaled;
 };
 
