@@ -19,6 +19,8 @@ struct Level {
   // The blocked GEMM, for every dtype but bfloat16 and for that; null: there is none.
   Status (*shrink_many)(const ShrinkArgs&);
   Status (*shrink_many_bf16)(const ShrinkArgs&);
+  Status (*expand_many_bf16)(const ExpandArgs&);
+  Status (*outer_many_bf16)(const OuterArgs&);
   Status (*linear)(const Nf4MultiLoraLinearArgs&, const SegmentedJob&);
   Status (*linear_bf16)(const Nf4MultiLoraLinearArgs&, const SegmentedJob&);
   Status (*grad_input)(const Nf4MultiLoraGradInputArgs&, const SegmentedJob&);
@@ -27,27 +29,28 @@ struct Level {
 
 constexpr Level kLevels[kIsaCount] = {
     {segmented_shrink_scalar, segmented_expand_scalar, segmented_outer_scalar, nullptr, nullptr, nullptr, nullptr,
-     nullptr, nullptr},
+     nullptr, nullptr, nullptr, nullptr},
 #ifdef FASTLORA_X86
     {segmented_shrink_avx2, segmented_expand_avx2, segmented_outer_avx2, segmented_shrink_gemm_avx2,
-     segmented_shrink_gemm_avx2, nf4_multi_lora_linear_avx2, nf4_multi_lora_linear_avx2,
+     segmented_shrink_gemm_avx2, nullptr, nullptr, nf4_multi_lora_linear_avx2, nf4_multi_lora_linear_avx2,
      nf4_multi_lora_grad_input_avx2, nf4_multi_lora_grad_input_avx2},
     {segmented_shrink_avx512, segmented_expand_avx512, segmented_outer_avx512, segmented_shrink_gemm_avx512,
-     segmented_shrink_gemm_avx512, nf4_multi_lora_linear_avx512, nf4_multi_lora_linear_avx512,
+     segmented_shrink_gemm_avx512, nullptr, nullptr, nf4_multi_lora_linear_avx512, nf4_multi_lora_linear_avx512,
      nf4_multi_lora_grad_input_avx512, nf4_multi_lora_grad_input_avx512},
     {segmented_shrink_avx512, segmented_expand_avx512, segmented_outer_avx512, segmented_shrink_gemm_avx512,
-     segmented_shrink_gemm_avx512_bf16, nf4_multi_lora_linear_avx512, nf4_multi_lora_linear_avx512_bf16,
-     nf4_multi_lora_grad_input_avx512, nf4_multi_lora_grad_input_avx512_bf16},
+     segmented_shrink_gemm_avx512_bf16, nullptr, nullptr, nf4_multi_lora_linear_avx512,
+     nf4_multi_lora_linear_avx512_bf16, nf4_multi_lora_grad_input_avx512, nf4_multi_lora_grad_input_avx512_bf16},
     {segmented_shrink_avx512, segmented_expand_avx512, segmented_outer_avx512, segmented_shrink_gemm_avx512,
-     segmented_shrink_gemm_amx, nf4_multi_lora_linear_avx512, nf4_multi_lora_linear_amx,
-     nf4_multi_lora_grad_input_avx512, nf4_multi_lora_grad_input_amx},
+     segmented_shrink_gemm_amx, segmented_expand_many_amx, segmented_outer_many_amx, nf4_multi_lora_linear_avx512,
+     nf4_multi_lora_linear_amx, nf4_multi_lora_grad_input_avx512, nf4_multi_lora_grad_input_amx},
     {segmented_shrink_avx512, segmented_expand_avx512, segmented_outer_avx512, segmented_shrink_gemm_avx512,
-     segmented_shrink_gemm_amx_emulated, nf4_multi_lora_linear_avx512, nf4_multi_lora_linear_amx_emulated,
-     nf4_multi_lora_grad_input_avx512, nf4_multi_lora_grad_input_amx_emulated},
+     segmented_shrink_gemm_amx_emulated, segmented_expand_many_amx_emulated, segmented_outer_many_amx_emulated,
+     nf4_multi_lora_linear_avx512, nf4_multi_lora_linear_amx_emulated, nf4_multi_lora_grad_input_avx512,
+     nf4_multi_lora_grad_input_amx_emulated},
 #endif
 };
 
-constexpr int64_t kManyRows = 16;  // of a segment: its first product is the blocked GEMM's
+constexpr int64_t kManyRows = 16;  // of a segment: blocked products
 
 const Level* level_of(Isa isa) {
   const int32_t index = static_cast<int32_t>(isa);
@@ -81,14 +84,33 @@ Status shrink(const Level& level, const SegmentedJob& job, bool forward, const v
 // Rows [begin, end) of the term it gives: `out` += it, or `addend` = it.
 Status expand(const Level& level, const SegmentedJob& job, bool forward, const void* narrow, int64_t begin,
               int64_t end, void* out, float* addend) {
-  return level.expand({.job = job,
-                       .side = forward ? job.b : job.a,
+  const auto many = job.dtype == DType::kBFloat16 && out != nullptr ? level.expand_many_bf16 : nullptr;
+  const ExpandArgs args{.job = job,
+                        .side = forward ? job.b : job.a,
+                        .narrow = narrow,
+                        .row_begin = begin,
+                        .row_end = end,
+                        .out = out,
+                        .addend = addend,
+                        .scaled = forward,
+                        .many = many == nullptr ? INT64_MAX : kManyRows};
+  const Status status = level.expand(args);
+  return status != Status::kOk || many == nullptr ? status : many(args);
+}
+
+// The gradient of one side's pools.
+Status outer(const Level& level, const SegmentedJob& job, const Side& side, const void* narrow, const void* wide,
+             void* const* out, bool scaled) {
+  const auto many = job.dtype == DType::kBFloat16 ? level.outer_many_bf16 : nullptr;
+  const OuterArgs args{.job = job,
+                       .side = side,
                        .narrow = narrow,
-                       .row_begin = begin,
-                       .row_end = end,
+                       .wide = wide,
                        .out = out,
-                       .addend = addend,
-                       .scaled = forward});
+                       .scaled = scaled,
+                       .many = many == nullptr ? INT64_MAX : kManyRows};
+  const Status status = level.outer(args);
+  return status != Status::kOk || many == nullptr ? status : many(args);
 }
 
 // Calls layer(first row, rows, addend) with the low-rank term of as many rows at a time as kAddendFloats hold.
@@ -109,8 +131,8 @@ Status by_addend(const Level& level, const SegmentedJob& job, bool forward, cons
   return Status::kOk;
 }
 
-// A thread is worth waking for about 10 us of work: so many multiply-adds, a row of an adapter counting as two more
-// rows of the batch for its way from memory.
+// A thread is worth waking for about 10 us of work: so many multiply-adds, a row of an adapter counting as two
+// more rows of the batch for its way from memory.
 int32_t useful_threads(const SegmentedJob& job, double base) {
   constexpr double kWorkPerThread = 1 << 18;
   double work = base;
@@ -171,9 +193,9 @@ Status segmented_lora_grad_pools(const SegmentedLoraGradPoolsArgs& a) {
     status = zero_gaps(job, j, a.da[j], a.db[j]);
     if (status != Status::kOk) return status;
   }
-  status = level->outer({.job = job, .side = job.a, .narrow = a.v, .wide = a.x, .out = a.da, .scaled = false});
+  status = outer(*level, job, job.a, a.v, a.x, a.da, false);
   if (status != Status::kOk) return status;
-  return level->outer({.job = job, .side = job.b, .narrow = a.u, .wide = a.dy, .out = a.db, .scaled = true});
+  return outer(*level, job, job.b, a.u, a.dy, a.db, true);
 }
 
 Status nf4_multi_lora_linear(const Nf4MultiLoraLinearArgs& a) {

@@ -300,6 +300,7 @@ struct Segmented {
     void each_unit(Body&& body) const {
       for (int64_t s = 0; s < a.job.segments; ++s) {
         const Segment segment = a.job.segment(s);
+        if (segment.count >= a.many) continue;
         for (int64_t target = 0; target < targets(); ++target) {
           const int64_t steps = steps_of(target, segment.slot);
           if (steps == 0) continue;
@@ -396,6 +397,7 @@ struct Segmented {
     void each_unit(Body&& body) const {
       for (int64_t s = 0; s < a.job.segments; ++s) {
         const Segment segment = a.job.segment(s);
+        if (segment.count >= a.many) continue;
         for (int64_t j = 0; j < a.job.table.slices; ++j) {
           if (a.job.rank(j, segment.slot) == 0) continue;
           for (int64_t c = 0; c < a.side.cols[j]; c += kBlock) {
