@@ -16,7 +16,7 @@ import _options
 from _problem import Problem
 from _results import Row
 from peers import reason
-from suites import Case, Context, Plan, backward, linear, memory, overhead, quantize, train
+from suites import Case, Context, Plan, backward, linear, memory, overhead, quantize, segmented, train
 from tqdm import tqdm
 
 SUITES = {
@@ -25,6 +25,7 @@ SUITES = {
     "linear": linear,
     "backward": backward,
     "train": train,
+    "segmented": segmented,
     "memory": memory,
 }
 

@@ -9,6 +9,7 @@ from _target import EXTRA, FLOOR, MIB, MICROSECONDS, ROOF, SPEED, WORST_ERROR, T
 EVAL, TRAINING = "bitsandbytes, eval mode", "bitsandbytes, training mode"
 NO_ADAPTER, PLAIN = "fastlora, no adapter", "fastlora, plain absmax"
 PEFT_BNB, PEFT_DENSE = "PEFT on bitsandbytes", "dense + LoRA (PEFT)"
+ONE, EQUAL, LOOP = "fastlora, one adapter", "fastlora, equal ranks", "torch, a loop"
 
 
 def _forward(m: int, least: float, reach: float, peer: str = DENSE, dtype: str = "bfloat16") -> Target:
@@ -70,6 +71,29 @@ TARGETS = (
             "linear", "forward", EXTRA, 3, 0, PLAIN, (m,),
         )
         for m in (1, 16, 128, 1024)
+    ),
+    Target(
+        "64 rows, an adapter of rank 16 each, of one read of the adapters",
+        "segmented", "term, an adapter a row", ROOF, 70, 85, m=(64,),
+    ),
+    *(
+        Target(
+            f"layer, 64 rows, an adapter each, over {peer}",
+            "segmented", "layer, an adapter a row", SPEED, 5, None, peer, (64,),
+        )
+        for peer in (PEFT_DENSE, PEFT_BNB)
+    ),
+    Target(
+        "layer, 1024 rows of 8 adapters, on top of one adapter",
+        "segmented", "layer, 8 adapters", EXTRA, 8, 3, ONE, (1024,),
+    ),
+    Target(
+        "adapters of ranks 8 to 64, on top of equal ranks of the same sum",
+        "segmented", "term, ranks 8 to 64", EXTRA, 15, 5, EQUAL, (64, 1024),
+    ),
+    Target(
+        "training step of the term, 1024 rows of 8 adapters, over a loop in torch",
+        "segmented", "training step of the term, 8 adapters", SPEED, 3, None, LOOP, (1024,),
     ),
     Target(
         "forward at the AVX2 level, m=1, over dense capped to AVX2",

@@ -4,7 +4,7 @@ that is on, bfloat16, as ratios within one run. A figure is the geometric mean o
 from __future__ import annotations
 
 from _results import BITSANDBYTES, DENSE
-from _target import EXTRA, MEMORY, ROOF, SPEED, WORST_ERROR, Target
+from _target import EXTRA, FLOOR, MEMORY, ROOF, SPEED, WORST_ERROR, Target
 
 NO_ADAPTER, PEFT = "fastlora, no adapter", "PEFT on bitsandbytes"
 
@@ -58,6 +58,18 @@ TARGETS = (
     ),
     _adapter(FEW + TENS, 10),
     _adapter(HUNDREDS + MANY + MORE, 5),
+    Target(
+        "64 rows, an adapter of rank 16 each, of their bytes at the copy's rate",
+        "segmented", "term, an adapter a row", FLOOR, 2.0, 1.3, m=(64,),
+    ),
+    Target(
+        "64 rows, an adapter of rank 16 each, over torch.bmm on gathered adapters",
+        "segmented", "term, an adapter a row", SPEED, 3, None, "torch.bmm, gathered", (64,),
+    ),
+    Target(
+        "layer, 4096 rows of 8 adapters, on top of one adapter",
+        "segmented", "layer, 8 adapters", EXTRA, 8, 3, "fastlora, one adapter", (4096,),
+    ),
     Target("error of forward, over dequantise + dense", "linear", "forward", WORST_ERROR, 1.0),
     Target("error of dx, over dequantise + dense", "backward", "dx", WORST_ERROR, 1.0),
 )  # fmt: skip

@@ -37,9 +37,7 @@ class Domain:
     prompt: str
 
 
-def _split(
-    name: str, pieces: list[str], prompt: str, seed: int, limit: int | None, held_out: float
-) -> Domain:
+def split(name: str, pieces: list[str], prompt: str, seed: int, limit: int | None, held_out: float) -> Domain:
     """Shuffles whole pieces, so that no sentence is on both sides, and keeps about `limit` characters."""
     random.Random(seed).shuffle(pieces)
     text = "".join(pieces) if limit is None else "".join(pieces)[:limit]
@@ -65,14 +63,14 @@ def python_source(*, seed: int, limit: int | None = None) -> Domain:
         size += len(pieces[-1])
         if limit is not None and size >= limit:
             break
-    return _split("Python source", pieces, "    def read(self, ", seed, limit, held_out=0.03)
+    return split("Python source", pieces, "    def read(self, ", seed, limit, held_out=0.03)
 
 
 def english(*, seed: int, limit: int | None = None) -> Domain:
     """The language reference that `help()` prints (about 0.5 MB of English), whole topics held out."""
     from pydoc_data.topics import topics
 
-    return _split(
+    return split(
         "English", [f"{text}\n" for text in topics.values()], "The value ", seed, limit, held_out=0.1
     )
 
@@ -85,4 +83,4 @@ def unicode_names(*, seed: int, limit: int | None = None) -> Domain:
         for name in names
         if name and not name.startswith("HANGUL SYLLABLE") and not any(c.isdigit() for c in name)
     ]
-    return _split("Unicode names", lines, "\nLATIN ", seed, limit, held_out=0.1)
+    return split("Unicode names", lines, "\nLATIN ", seed, limit, held_out=0.1)

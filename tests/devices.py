@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlora import _C, autograd, cuda, cuda_linear, direct, ops
+from fastlora import _C, autograd, cuda, cuda_linear, direct, multi_autograd, ops, routing
 
 try:
     from fastlora import _emulator
@@ -28,6 +28,17 @@ AUTOGRAD_NAMES = {
     "_backward": "nf4_linear_backward",
     "_grad_b": "lora_grad_b",
     "_grad_a": "lora_grad_a",
+    "_dropout": "lora_dropout",
+}
+#: The same of multi_autograd.py and routing.py.
+MULTI_NAMES = {
+    "_multi_linear": "nf4_multi_lora_linear",
+    "_multi_grad_input": "nf4_multi_lora_grad_input",
+    "_segmented": "segmented_lora",
+    "_segmented_grad_input": "segmented_lora_grad_input",
+    "_grad_pools": "segmented_lora_grad_pools",
+    "_linear": "nf4_linear",
+    "_grad_input": "nf4_linear_grad_input",
     "_dropout": "lora_dropout",
 }
 #: Emulated devices by compute capability, and what of the layer's kernels to take where they can.
@@ -106,6 +117,9 @@ def device(name: str, seed: int = 1, emulated: EmulatedDevice | None = None) -> 
             patch.setattr(torch.ops.fastlora, op, function)
         for handle, op in AUTOGRAD_NAMES.items():
             patch.setattr(autograd, handle, made[op])
+        for handle, op in MULTI_NAMES.items():
+            patch.setattr(multi_autograd, handle, made[op])
+        patch.setattr(routing, "_route", made["lora_route"])
         if name in EMULATED:
             # Torch's product stands for the device's: not by oneDNN, whose bfloat16 one makes NaN of Inf
             # where its tiles pad the contraction.

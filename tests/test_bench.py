@@ -73,6 +73,49 @@ def test_every_way_to_call_the_layer_is_in_the_overhead(results):
     assert [row.peer for row in read.rows if row.suite == "overhead"] == names
 
 
+def test_every_batch_of_many_adapters_is_measured(results):
+    read, many = module("_results").read_json(results / "rows.json"), module("suites.segmented")
+    rows = [row for row in read.rows if row.suite == "segmented"]
+    wanted = {
+        "fastlora",
+        "fastlora, one adapter",
+        "fastlora, equal ranks",
+        "torch, a loop",
+        "torch.bmm, gathered",
+    }
+    for op, work in many.WORKS.items():
+        assert {(r.peer, r.m) for r in rows if r.op == op} == {
+            (p, m) for p in work.names if p in wanted for m in (1, 17)
+        }
+    assert all(row.total_error < (0.2 if "layer" in row.op else 0.02) for row in rows)
+
+
+def test_pefts_layer_takes_the_same_batch():
+    problem, many = module("_problem").Problem(48, 64, 4, "float32"), module("_many")
+    batch = many.Batch(problem, 6, (4, 4, 4))
+    names = ("fastlora", many.PEFT_DENSE, many.PEFT_BNB)
+    made, absent = many.make(many.LAYER, names, frozenset(module("peers").REGISTRY), batch)
+    assert [one.name for one in made] == [name for name in names if name not in absent]
+    for one in made:
+        error = batch.errors(one.forward(), one)
+        assert error.arithmetic < 1e-5, one.name
+        assert error.total < (1e-5 if one.name == many.PEFT_DENSE else 0.2), one.name
+
+
+def test_a_wrong_batch_has_an_error():
+    problem, many = module("_problem").Problem(48, 64, 4, "float32"), module("_many")
+    batch = many.Batch(problem, 6, (3, 9, 4))
+    (term, loop), _ = many.make(many.TERM, ("fastlora", many.LOOP), frozenset({"dense", "fastlora"}), batch)
+    assert batch.errors(term.forward(), term).arithmetic < 1e-5
+    assert batch.errors(term.forward(), term).arithmetic == pytest.approx(1.0, rel=1e-3)  # it was added twice
+    found = loop.step()
+    assert batch.gradient_error(found[0], found[1:]) < 1e-5
+    found[1][0] += 1.0
+    assert batch.gradient_error(found[0], found[1:]) > 0.1
+    gathered, absent = many.make(many.TERM, (many.GATHERED,), frozenset({"dense"}), batch)
+    assert (gathered, absent) == ([], {many.GATHERED: "torch.bmm takes adapters of one rank"})
+
+
 def test_csv_and_json_hold_the_same_rows(results):
     io = module("_results")
     from_csv, from_json = io.read_csv(results / "here.csv"), io.read_json(results / "rows.json")

@@ -39,6 +39,7 @@ def worker(rank, path):
         fsdp(rank)
         ddp(rank)
         adapters(rank, f"{path}-adapter-{rank}")
+        many(rank)
     finally:
         distributed.destroy_process_group()
 
@@ -108,6 +109,46 @@ def adapters(rank, directory):
         fastlora.load_adapter(wrapped, directory)
         for got, expected in zip(wrapped.parameters(), plain.parameters(), strict=True):
             assert torch.equal(whole(got), expected)
+
+
+def many(rank):
+    """A replicated model whose ranks have other adapters in their batches, some of them in none."""
+
+    def with_adapters():
+        torch.manual_seed(1)
+        made = model()
+        for layer in (made[0], made[2]):
+            for name, r in (("a", 3), ("b", 5), ("idle", 2)):
+                nn.init.normal_(layer.add_adapter(name, r, 4).lora_B, std=0.3)
+        return made
+
+    names = [["a", "a", None], ["default", "b", "a"]]
+    inputs = [torch.randn(3, 70, generator=torch.Generator().manual_seed(r)) for r in range(WORLD)]
+    plain = with_adapters()
+    for x, rows in zip(inputs, names, strict=True):
+        with fastlora.adapters(plain, rows):
+            loss(plain, x).div(WORLD).backward()
+    for views in (False, True):
+        wrapped = nn.parallel.DistributedDataParallel(with_adapters(), gradient_as_bucket_view=views)
+        optimizer = torch.optim.AdamW((p for p in wrapped.parameters() if p.requires_grad), fused=True)
+        with fastlora.adapters(wrapped, names[rank]):
+            loss(wrapped, inputs[rank]).backward()
+        for got, want in zip(wrapped.parameters(), plain.parameters(), strict=True):
+            if want.dtype != torch.uint8:
+                torch.testing.assert_close(got.grad, want.grad)
+        optimizer.step()
+        table = wrapped.module[0].join_table()
+        assert torch.equal(table.parameters("a")[0][0], wrapped.module[0].adapters["a"].lora_A)
+    refused(model(), lambda sharded: sharded[0].add_adapter("a", 3, 4))
+    refused(model(), lambda sharded: fastlora.adapters(sharded, ["default"]).__enter__())
+
+
+def refused(sharded, call):
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(sharded)
+    with pytest.raises(RuntimeError, match="expected whole parameters, got sharded ones"):
+        call(sharded)
 
 
 def test_two_processes_get_the_gradients_of_one(tmp_path):

@@ -15,6 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples" / "finetune.py"
+PERSONAS = ROOT / "examples" / "personas.py"
 
 
 def run_demo(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -62,6 +63,35 @@ def test_demo_fails_when_nothing_is_learnt(
     monkeypatch.setattr(sys, "argv", ["finetune.py", "--quick", "--out", str(tmp_path)])
     assert finetune.main() == 1
     assert re.search(r"NO\s+fine-tuning lowered", capsys.readouterr().out)
+
+
+def test_personas(tmp_path: Path) -> None:
+    command = [sys.executable, str(PERSONAS), "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "120"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("\nyes ") == 4
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    for name, rank in (("english", 16), ("unicode", 8), ("calendar", 12)):
+        config = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert (config["r"], config["lora_alpha"]) == (rank, 2 * rank)
+        assert f" {name} │" in done.stdout
+
+
+def test_personas_fail_when_nothing_is_learnt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(DEMO.parent))
+    import personas
+
+    idle = replace(personas.QUICK, pretrain_steps=2, steps=2, rate=0.0, answer=1)
+    monkeypatch.setattr(personas, "QUICK", idle)
+    monkeypatch.setattr(sys, "argv", ["personas.py", "--quick", "--out", str(tmp_path)])
+    assert personas.main() == 1
+    printed = capsys.readouterr().out
+    assert re.search(r"NO\s+training together lowered", printed)
+    assert re.search(r"yes\s+the files give every adapter back", printed)
 
 
 def tiny_llama(folder: Path) -> None:
@@ -122,3 +152,27 @@ def test_readme_example_of_a_whole_model(tmp_path: Path, monkeypatch: pytest.Mon
     exec(compile(blocks[1], "README.md", "exec"), {"fastlora": fastlora, "model": model})
     assert all(isinstance(layer, fastlora.QLinear) for layer in model)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_readme_example_of_several_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fastlora
+
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 32))
+    fastlora.convert(model, rank=0, progress=False)
+    for i, name in enumerate(("english", "unicode")):
+        for layer in model:
+            layer.add_adapter(name, 2 + i, 4)
+            torch.nn.init.normal_(layer.adapters[name].lora_B)
+        fastlora.save_adapter(model, f"adapters/{name}", name=name)
+        for layer in model:
+            layer.delete_adapter(name)
+    names: dict = {"fastlora": fastlora, "model": model, "x": torch.randn(3, 64)}
+    exec(compile(blocks[2], "README.md", "exec"), names)
+    rows = []
+    for i, name in enumerate(("english", None, "unicode")):
+        for layer in model:
+            layer.set_adapter(name)
+        rows.append(model(names["x"][i]))
+    torch.testing.assert_close(names["y"], torch.stack(rows))

@@ -91,6 +91,49 @@ struct Bf16Level {
     }
   }
 
+  // ranks[q][i], q and i in 0..31, to 32 rows of 32 ranks: words of two ranks interleaved, then 16x16 dwords.
+  static void transpose_ranks(const uint16_t (&ranks)[32][32], uint8_t* out) {
+    __m512i low[16], high[16];
+    for (int q = 0; q < 16; ++q) {
+      const __m512i even = _mm512_load_si512(ranks[2 * q]), odd = _mm512_load_si512(ranks[2 * q + 1]);
+      low[q] = _mm512_unpacklo_epi16(even, odd);  // in 128-bit lane L, columns 8L .. 8L + 3
+      high[q] = _mm512_unpackhi_epi16(even, odd);
+    }
+    transpose16(low);
+    transpose16(high);
+    for (int i = 0; i < 16; ++i) {
+      uint8_t* to = out + (i / 4 * 8 + i % 4) * 64;
+      _mm512_store_si512(to, low[i]);
+      _mm512_store_si512(to + 4 * 64, high[i]);
+    }
+  }
+
+  // Two rows of a run, in natural order, as items of the contraction over rows in the order of the look-ups.
+  static void pack_pair(const uint16_t* even, const uint16_t* odd, uint8_t* const* out) {
+    alignas(64) uint8_t a[4][64], b[4][64];
+    permute_run(even, a[0], 64);
+    permute_run(odd, b[0], 64);
+    for (int c = 0; c < 4; ++c) {
+      const __m512i left = _mm512_load_si512(a[c]), right = _mm512_load_si512(b[c]);
+      _mm512_store_si512(out[2 * c], _mm512_unpacklo_epi16(left, right));
+      _mm512_store_si512(out[2 * c + 1], _mm512_unpackhi_epi16(left, right));
+    }
+  }
+
+  // The same with the columns as they are.
+  static void pack_pair_in_order(const uint16_t* even, const uint16_t* odd, uint8_t* const* out) {
+    alignas(64) static constexpr uint16_t kPairs[64] = {
+        0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+        11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
+        22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+    const __m512i low = _mm512_load_si512(kPairs), high = _mm512_load_si512(kPairs + 32);
+    for (int p = 0; p < kRun / 32; ++p) {
+      const __m512i left = _mm512_load_si512(even + 32 * p), right = _mm512_load_si512(odd + 32 * p);
+      _mm512_store_si512(out[2 * p], _mm512_permutex2var_epi16(left, low, right));
+      _mm512_store_si512(out[2 * p + 1], _mm512_permutex2var_epi16(left, high, right));
+    }
+  }
+
   // Where whole runs have a simple alignment: a run's words and the table its indices are for.
   struct Look {
     __m512i words, table, more;  // more: the codes of blocks 2 and 3 (kWords)

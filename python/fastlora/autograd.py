@@ -13,6 +13,7 @@ Low-rank adapters: Hu et al., "LoRA", 2021; on a 4-bit base: Dettmers et al., "Q
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -185,7 +186,7 @@ class _Nf4Linear(torch.autograd.Function):
         args = (dy, *ctx.saved_tensors, ctx.blocksize, ctx.scaling, ctx.dropout, ctx.x_shape, needs)
         # Only create_graph=True runs backward with gradients enabled.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            dx, dbias, da, db = _NoSecondDerivative.apply(*args)
+            dx, dbias, da, db = _NoSecondDerivative.apply(_gradients, *args)
         else:
             dx, dbias, da, db = _gradients(*args)
         return dx, None, None, None, None, dbias, da, db, None, None, None
@@ -253,8 +254,8 @@ class _NoSecondDerivative(torch.autograd.Function):
     """Lets backward run under create_graph=True and refuses only when its graph is walked."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        return _gradients(*args)
+    def forward(ctx: Any, gradients: Callable[..., Any], *args: Any) -> Any:
+        return gradients(*args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

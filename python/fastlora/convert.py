@@ -257,8 +257,8 @@ def _freeze_all_but_adapters(model: nn.Module) -> None:
         id(p)
         for m in model.modules()
         if isinstance(m, QLinear)
-        for p in (m.lora_A, m.lora_B)
-        if p is not None
+        for name in m.adapter_names
+        for p in m.adapter(name)[:2]
     }
     for parameter in model.parameters():
         if id(parameter) not in adapters:

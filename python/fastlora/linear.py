@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from . import checks
 from .autograd import linear_from_parts
+from .named_adapters import NamedAdapters
 from .nf4 import NF4Weight, quantize_nf4
 
 _BASE = ("weight", "weight_scales", "weight_nested")
 
 
-class QLinear(nn.Linear):
+class QLinear(NamedAdapters, nn.Linear):
     """y = x·Wᵀ + scaling · dropout(x)·lora_Aᵀ·lora_Bᵀ + bias, W frozen in NF4 (LoRA, Hu et al., 2021; QLoRA,
     Dettmers et al., 2023).
 
@@ -214,6 +215,8 @@ class QLinear(nn.Linear):
             lora_a = lora_b = None
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
+        if self._table is not None or self._active is None:
+            return self.forward_named(x, weight, bias)
         dropout = self.dropout if self.training else 0.0
         return linear_from_parts(x, weight, bias, lora_a, lora_b, self.scaling, dropout)
 
@@ -260,7 +263,7 @@ class QLinear(nn.Linear):
         return self._unmerged is not None
 
     def merge(self) -> None:
-        """Fold the adapter into the weight for inference: W becomes NF4(W + scaling·lora_B·lora_A).
+        """Fold the active adapter into the weight for inference: W becomes NF4(W + scaling·lora_B·lora_A).
 
         This is lossy: the sum is quantised again, and an adapter's change is often smaller than the distance
         between two codes. To lose nothing, stay unmerged (the fused kernel makes the adapter nearly free), or
@@ -271,11 +274,12 @@ class QLinear(nn.Linear):
         ``load_state_dict`` and ``train()`` unmerge first; a training forward is an error. No effect when
         already merged, or at rank 0. Raises ValueError, changing nothing, if the sum holds NaN or Inf.
         """
-        if self._unmerged is not None or self.lora_A is None or self.lora_B is None:
+        if self._unmerged is not None or self.active_adapter is None:
             return
+        adapter = self.adapter(self.active_adapter)
         with torch.no_grad():
             dense = self.dequantize(torch.float32)
-            dense.addmm_(self.lora_B.float(), self.lora_A.float(), alpha=self.scaling)
+            dense.addmm_(adapter.lora_B.float(), adapter.lora_A.float(), alpha=adapter.scaling)
             merged = quantize_nf4(dense, blocksize=self.blocksize, double_quant=self.double_quant)
         # The Parameters themselves are kept, not copies, so that layers that share a weight share it again.
         self._unmerged = (self.weight, self.weight_scales, self.weight_nested)
@@ -343,6 +347,7 @@ class QLinear(nn.Linear):
             f"bias={self.bias is not None}, {adapter}blocksize={self.blocksize}, "
             f"double_quant={self.double_quant}, {bits:.3f} bits/weight"
             f"{', use_rslora=True' if self.use_rslora else ''}{', merged' if self.merged else ''}"
+            f"{'' if self._table is None else f', active={self.active_adapter}'}"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora import QLinear, adapters
+from fastlora import QLinear, adapter_files
 
 peft = pytest.importorskip("peft", reason="PEFT is the other side of these files")
 
@@ -241,7 +241,7 @@ def test_a_compiled_model_saves_the_same_names(tmp_path):
     ours, _ = converted(rank=3)
     fastlora.save_adapter(torch.compile(ours), tmp_path)
     assert all(
-        "_orig_mod" not in key for key in safetensors.torch.load_file(tmp_path / adapters.WEIGHTS_NAME)
+        "_orig_mod" not in key for key in safetensors.torch.load_file(tmp_path / adapter_files.WEIGHTS_NAME)
     )
     fastlora.load_adapter(torch.compile(ours), tmp_path)
 
@@ -249,12 +249,12 @@ def test_a_compiled_model_saves_the_same_names(tmp_path):
 def test_a_misfit_lists_everything_and_changes_nothing(tmp_path):
     ours, _ = converted(rank=3, alpha=6)
     fastlora.save_adapter(ours, tmp_path)
-    tensors = safetensors.torch.load_file(tmp_path / adapters.WEIGHTS_NAME)
+    tensors = safetensors.torch.load_file(tmp_path / adapter_files.WEIGHTS_NAME)
     stem = "base_model.model.layers"
     del tensors[f"{stem}.0.q_proj.lora_A.weight"]
     tensors[f"{stem}.1.q_proj.lora_B.weight"] = torch.zeros(48, 5)
     tensors[f"{stem}.0.down.lora_magnitude_vector"] = torch.zeros(64)
-    safetensors.torch.save_file(tensors, tmp_path / adapters.WEIGHTS_NAME)
+    safetensors.torch.save_file(tensors, tmp_path / adapter_files.WEIGHTS_NAME)
     randomise(ours)
     before = bits(ours)
     with pytest.raises(ValueError, match="to fit the model, got") as caught:
@@ -301,7 +301,7 @@ def test_what_else_is_refused(tmp_path):
         fastlora.load_adapter(ours, tmp_path)
     with pytest.raises(RuntimeError, match="expected materialised layers"):
         fastlora.load_adapter(converted(rank=3)[0].to("meta"), tmp_path)
-    (tmp_path / adapters.WEIGHTS_NAME).unlink()
+    (tmp_path / adapter_files.WEIGHTS_NAME).unlink()
     with pytest.raises(FileNotFoundError, match=r"expected adapter_model\.safetensors in"):
         fastlora.load_adapter(ours, tmp_path)
     (tmp_path / "adapter_config.json").write_text("[1")
@@ -332,3 +332,160 @@ def test_a_failed_save_leaves_the_old_files_whole(tmp_path, monkeypatch, when):
     with pytest.raises(OSError, match="no space left"):
         fastlora.save_adapter(ours, tmp_path)
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+
+
+# --- several adapters in one model ----------------------------------------------------------------------
+
+
+def three_files(folder, dense):
+    """Three directories as stock PEFT writes them: other layers, ranks, alphas and dtypes in each."""
+    configs = {
+        "one": peft.LoraConfig(r=4, lora_alpha=8, target_modules=r"layers\..*\.(q_proj|v_proj)"),
+        "two": peft.LoraConfig(
+            r=6, lora_alpha=3, use_rslora=True, target_modules=r"layers\..*\.(q_proj|down)", lora_dropout=0.1,
+            rank_pattern={r"1\.down": 9}, alpha_pattern={r"0\.q_proj": 20},
+        ),
+        "three": peft.LoraConfig(r=1, lora_alpha=2, target_modules=["layers.1.v_proj"]),
+    }  # fmt: skip
+    model = copy.deepcopy(dense)
+    for i, (name, config) in enumerate(configs.items()):
+        if i:
+            model.add_adapter(name, config)
+        else:
+            model = peft.get_peft_model(model, config, adapter_name=name)
+    randomise(model)
+    for name, p in model.named_parameters():
+        if ".two." in name:
+            p.data = p.data.bfloat16()
+    model.save_pretrained(folder)  # a subfolder for each, as none is called "default"
+    return model.float().eval()
+
+
+def base_only():
+    ours, dense = converted(("q_proj", "v_proj", "down"), rank=0)
+    return ours, dense
+
+
+@pytest.mark.parametrize("rank", [0, 5], ids=["base", "own_adapter"])
+def test_several_peft_adapters_in_one_model(tmp_path, x, rank):
+    ours, dense = converted(("q_proj", "v_proj", "down"), rank=rank)
+    theirs = three_files(tmp_path, dense)
+    names = ("one", "two", "three")
+    for name in names:
+        fastlora.load_adapter(ours, tmp_path / name, name=name)
+    assert ours.layers[0].q_proj.adapter_names == (("default",) if rank else ()) + ("one", "two")
+    assert ours.layers[1].down.adapter("two").rank == 9
+    assert ours.layers[0].q_proj.adapter("two").scaling == pytest.approx(20 / 6**0.5)
+    assert ours.layers[1].down.adapter("two").dropout == 0.1
+    assert ours.vision[0].q_proj.__class__ is nn.Linear
+    rows = ["two", "one", None, "three", "two"]
+    with torch.no_grad():
+        with fastlora.adapters(ours, rows):
+            mixed = ours(x)
+        adapter_names = ["__base__" if name is None else name for name in rows]
+        torch.testing.assert_close(mixed, theirs(x, adapter_names=adapter_names), rtol=1e-4, atol=1e-4)
+        for i, name in enumerate(rows):
+            if name is None:
+                continue
+            theirs.set_adapter(name)
+            torch.testing.assert_close(mixed[i : i + 1], theirs(x[i : i + 1]), rtol=1e-4, atol=1e-4)
+
+
+def test_each_is_saved_as_it_was_and_stock_peft_loads_it(tmp_path, x):
+    ours, dense = base_only()
+    three_files(tmp_path / "peft", dense)
+    for name in ("one", "two", "three"):
+        fastlora.load_adapter(ours, tmp_path / "peft" / name, name=name)
+        fastlora.save_adapter(ours, tmp_path / "ours" / name, name=name)
+        before, after = (
+            safetensors.torch.load_file(tmp_path / who / name / adapter_files.WEIGHTS_NAME)
+            for who in ("peft", "ours")
+        )
+        assert before.keys() == after.keys()
+        for key, t in before.items():
+            assert (after[key].dtype, after[key].shape) == (t.dtype, t.shape), key
+            assert torch.equal(after[key], t), key
+    again, plain = None, copy.deepcopy(dense)
+    for name in ("one", "two", "three"):
+        if again is None:
+            again = peft.PeftModel.from_pretrained(plain, str(tmp_path / "ours" / name), adapter_name=name)
+        else:
+            again.load_adapter(str(tmp_path / "ours" / name), name)
+    again = again.float().eval()
+    assert again.peft_config["two"].lora_dropout == 0.1
+    rows = ["two", "one", None, "three", "two"]
+    adapter_names = ["__base__" if name is None else name for name in rows]
+    with torch.no_grad(), fastlora.adapters(ours, rows):
+        torch.testing.assert_close(again(x, adapter_names=adapter_names), ours(x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_has_been_trained_is_saved_in_the_dtype_it_needs(tmp_path):
+    ours, dense = base_only()
+    three_files(tmp_path, dense)
+    fastlora.load_adapter(ours, tmp_path / "two", name="two")
+    with torch.no_grad():
+        ours.layers[0].down.adapter("two").lora_A[0, 0] += 1e-6
+    fastlora.save_adapter(ours, tmp_path / "new", name="two")
+    saved = safetensors.torch.load_file(tmp_path / "new" / adapter_files.WEIGHTS_NAME)
+    wide = {key for key, t in saved.items() if t.dtype == torch.float32}
+    assert wide == {"base_model.model.layers.0.down.lora_A.weight"}
+    assert torch.equal(saved[wide.pop()], ours.layers[0].down.adapter("two").lora_A)
+
+
+def test_loading_under_a_name_that_is_there_swaps_in_place(tmp_path, x):
+    ours, _ = converted(rank=3, alpha=6)
+    fastlora.save_adapter(ours, tmp_path / "default")
+    fastlora.load_adapter(ours, tmp_path / "default", name="copy")
+    layer = ours.layers[0].q_proj
+    held = layer.adapter("copy").lora_A
+    with torch.no_grad(), fastlora.adapters(ours, ["copy"] * 5):
+        torch.testing.assert_close(ours(x), converted(rank=3, alpha=6)[0](x))
+        other, _ = converted(rank=7, alpha=2)
+        fastlora.save_adapter(other, tmp_path / "other")
+        fastlora.load_adapter(ours, tmp_path / "other", name="copy")
+        torch.testing.assert_close(ours(x), other(x))
+    assert layer.adapter("copy").lora_A is held
+    assert layer.adapter("copy")[2:4] == (7, 2)
+    fastlora.save_adapter(ours, tmp_path / "back", name="copy")
+    assert (tmp_path / "back" / "adapter_model.safetensors").read_bytes() == (
+        tmp_path / "other" / "adapter_model.safetensors"
+    ).read_bytes()
+    assert json.loads((tmp_path / "back" / "adapter_config.json").read_text())["target_modules"] == [
+        f"layers.{i}.{n}" for n in ("q_proj", "v_proj") for i in range(2)
+    ]
+
+
+def test_named_adapters_that_do_not_fit_change_nothing(tmp_path):
+    ours, dense = converted(rank=3)
+    with pytest.raises(ValueError, match=r"expected a model with an adapter 'x', got \['default'\]"):
+        fastlora.save_adapter(ours, tmp_path, name="x")
+    three_files(tmp_path, dense)
+    fastlora.load_adapter(ours, tmp_path / "three", name="x")
+    before = bits(ours)
+    stem = "base_model.model.layers"
+    with pytest.raises(ValueError, match="to fit the model, got") as caught:  # "down" is no QLinear here
+        fastlora.load_adapter(ours, tmp_path / "two", name="y")
+    assert f"{stem}.0.down.lora_A.weight" in str(caught.value)
+    assert same(bits(ours), before)
+    fastlora.load_adapter(ours, tmp_path / "one", name="x")
+    before = bits(ours)
+    with pytest.raises(ValueError, match="6 missing from the file"):  # three other layers have "x" now
+        fastlora.load_adapter(ours, tmp_path / "three", name="x")
+    assert same(bits(ours), before)
+    tensors = safetensors.torch.load_file(tmp_path / "one" / adapter_files.WEIGHTS_NAME)
+    del tensors[f"{stem}.0.q_proj.lora_B.weight"]
+    tensors[f"{stem}.1.q_proj.lora_A.weight"] = torch.zeros(2, 3)
+    safetensors.torch.save_file(tensors, tmp_path / "one" / adapter_files.WEIGHTS_NAME)
+    with pytest.raises(ValueError, match="1 missing from the file") as caught:
+        fastlora.load_adapter(ours, tmp_path / "one", name="z")
+    assert f"{stem}.1.q_proj.lora_A.weight: expected (2, 64), got (2, 3)" in str(caught.value)
+    assert all(
+        "y" not in m.adapter_names and "z" not in m.adapter_names
+        for m in ours.modules()
+        if isinstance(m, QLinear)
+    )
+    ours.eval().layers[1].v_proj.merge()
+    with pytest.raises(
+        RuntimeError, match=r"expected unmerged layers, got 1 that are not: layers\.1\.v_proj"
+    ):
+        fastlora.load_adapter(ours, tmp_path / "three", name="w")

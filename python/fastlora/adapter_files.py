@@ -1,0 +1,277 @@
+"""Adapters on disk in PEFT's format: `adapter_model.safetensors` beside `adapter_config.json`.
+
+What is saved here loads in PEFT onto the dense model, and what PEFT saved loads here, with the same scaling.
+Files are written under a temporary name, flushed and renamed: a crash leaves the old file or the new one,
+never half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from .adapter_config import CONFIG_NAME, config_of, guess_task, modules, pattern_value, read_config
+from .linear import QLinear
+from .named_adapters import DEFAULT, Parts
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_ENDS = ("lora_A.weight", "lora_B.weight")
+
+
+def save_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    name: str = DEFAULT,
+    task_type: str | None = None,
+    base_model: str | None = None,
+) -> None:
+    """Write an adapter of every QLinear in `model` that has it to `directory`, which is made if need be.
+
+    Args:
+        name: which; by default the layers' own.
+        task_type: PEFT's word for the task; by default read off a transformers class name
+            (``LlamaForCausalLM`` -> ``"CAUSAL_LM"``), else null.
+        base_model: the dense model's name or path; by default where a transformers model was loaded from.
+
+    Layers may differ in rank and alpha (PEFT's rank_pattern and alpha_pattern). Only adapters are written, in
+    their own dtype, or in that of the file they were loaded from where this loses nothing; a merged layer's
+    adapter is written too. A model sharded by FSDP2 is gathered: every rank calls, each writes the same
+    files. Raises ValueError for a model without such an adapter.
+    """
+    model = _unwrapped(model)
+    layers = _adapted(model, name)
+    if not layers:
+        what = "QLinear layers of rank > 0" if name == DEFAULT else f"an adapter {name!r}"
+        raise ValueError(f"save_adapter: expected a model with {what}, got {_names(model) or 'none'}")
+    parts = {path: layer.adapter(name) for path, layer in layers.items()}
+    config = config_of(model, parts)
+    config["task_type"] = task_type or guess_task(model)
+    config["base_model_name_or_path"] = base_model or getattr(model, "name_or_path", None) or None
+    came_in = {path: _file_dtype(layer, name) for path, layer in layers.items()}
+    tensors = {
+        key: _as_it_came(_whole(p.detach()).to("cpu").contiguous(), came_in[path])
+        for path, one in parts.items()
+        for key, p in _entries({path: one}).items()
+    }
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    with _replacing(path) as replace:  # both files are complete and on disk before either is renamed
+        replace(WEIGHTS_NAME, lambda to: safetensors.torch.save_file(tensors, to, metadata={"format": "pt"}))
+        replace(CONFIG_NAME, lambda to: to.write_text(text, encoding="utf-8"))
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    name: str = DEFAULT,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Read a LoRA adapter that :func:`save_adapter` or PEFT wrote into the QLinear layers of `model`.
+
+    Args:
+        name: by default the layers' own adapter, which each of them must find in the file. Any other: the
+        layers
+            that are in the file get an adapter of this name, with the file's rank and dropout, or where they
+            have one its values, in place. So several files may be loaded, each for layers of its own.
+        dtype: of an adapter that is its layer's first; float32 by default, which holds any file's values.
+        Other
+            adapters take their layer's.
+
+    Sets lora_A and lora_B (keeping the layers' dtypes and devices), and alpha and scaling as the file's
+    config says. The dropout of an adapter that was there stays as it is.
+
+    Raises, with nothing changed: ValueError that lists what is missing, unexpected or of the wrong shape, for
+    a file that does not fit the model exactly, and for a kind of adapter other than plain LoRA or rsLoRA;
+    RuntimeError for layers that are merged or on the meta device; FileNotFoundError.
+    """
+    model = _unwrapped(model)
+    path = Path(directory)
+    config = read_config(path)
+    if not (path / WEIGHTS_NAME).is_file():
+        raise FileNotFoundError(f"load_adapter: expected {WEIGHTS_NAME} in {path}, got none")
+    tensors = safetensors.torch.load_file(path / WEIGHTS_NAME)
+    layers = _adapted(model, name)
+    expected: dict[str, tuple[int, ...]] = {
+        key: p.shape for key, p in _entries({at: one.adapter(name) for at, one in layers.items()}).items()
+    }
+    if name != DEFAULT:
+        layers |= _in_file(model, tensors)
+        expected |= _shapes(layers, tensors)
+    _check_fit(expected, tensors, path)
+    for state, names in (
+        ("unmerged", [at for at, layer in layers.items() if layer.merged]),
+        ("materialised", [at for at, layer in layers.items() if layer.weight.is_meta]),
+    ):
+        if names:
+            raise RuntimeError(
+                f"load_adapter: expected {state} layers, got {len(names)} that are not: {names[0]} ..."
+            )
+    rslora, dropout = config["use_rslora"], float(config.get("lora_dropout") or 0.0)
+    for at, layer in layers.items():
+        a, b = (tensors[key] for key in _keys(at))
+        alpha = pattern_value(config["alpha_pattern"], at, config["lora_alpha"])
+        if name not in layer.adapter_names:
+            layer.add_adapter(
+                name, a.shape[0], alpha, dropout=dropout, use_rslora=rslora, dtype=_kind(layer, dtype)
+            )
+        parts = layer.adapter(name)
+        if parts.rank == a.shape[0]:
+            with torch.no_grad():
+                for p, t in zip(parts[:2], (a, b), strict=True):
+                    p.copy_(_sharded_like(p, t))
+            layer.set_adapter_alpha(name, alpha, rslora)
+        else:
+            layer.replace_adapter(name, a, b, alpha, use_rslora=rslora)
+        if name != DEFAULT:
+            layer.holder(name).file_dtype = a.dtype
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what torch.compile and DistributedDataParallel put around it."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def _whole(t: Tensor) -> Tensor:
+    """What FSDP2 shards, gathered; every rank must take part."""
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def _sharded_like(parameter: Tensor, t: Tensor) -> Tensor:
+    """`t`, the same on every rank, laid out as `parameter` is."""
+    if not hasattr(parameter, "full_tensor"):
+        return t
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(t.to(parameter.device), parameter.device_mesh, parameter.placements)
+
+
+def _adapted(model: nn.Module, name: str) -> dict[str, QLinear]:
+    return {at: m for at, m in modules(model) if isinstance(m, QLinear) and name in m.adapter_names}
+
+
+def _names(model: nn.Module) -> list[str]:
+    found = (m.adapter_names for m in model.modules() if isinstance(m, QLinear))
+    return sorted({name for names in found for name in names})
+
+
+def _keys(layer: str) -> list[str]:
+    """What the file calls a layer's A and B."""
+    stem = _PREFIX + (f"{layer}." if layer else "")
+    return [stem + end for end in _ENDS]
+
+
+def _entries(adapters: Mapping[str, Parts]) -> dict[str, Tensor]:
+    """The file's keys and the parameters behind them."""
+    return {
+        key: p for layer, parts in adapters.items() for key, p in zip(_keys(layer), parts[:2], strict=True)
+    }
+
+
+def _in_file(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, QLinear]:
+    """The layers that a file speaks of."""
+    return {
+        at: m
+        for at, m in modules(model)
+        if isinstance(m, QLinear) and not tensors.keys().isdisjoint(_keys(at))
+    }
+
+
+def _shapes(layers: Mapping[str, QLinear], tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Those that a file with its own ranks should have."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for at, layer in layers.items():
+        a, b = _keys(at)
+        rank = tensors[a].shape[0] if a in tensors and tensors[a].dim() else 1
+        shapes |= {a: (max(rank, 1), layer.in_features), b: (layer.out_features, max(rank, 1))}
+    return shapes
+
+
+def _kind(layer: QLinear, dtype: torch.dtype | None) -> torch.dtype | None:
+    """That of a new adapter: the layer's, where it has others."""
+    return None if layer.adapter_names else dtype
+
+
+def _file_dtype(layer: QLinear, name: str) -> torch.dtype | None:
+    return None if name == DEFAULT else layer.holder(name).file_dtype
+
+
+def _as_it_came(t: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """In the dtype of the file that it was read from, if no value has changed since that needs a wider
+    one."""
+    if dtype is None or dtype == t.dtype:
+        return t
+    narrow = t.to(dtype)
+    return narrow if torch.equal(narrow.to(t.dtype), t) else t
+
+
+def _check_fit(expected: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor], path: Path) -> None:
+    wrong = [
+        f"{key}: expected {tuple(shape)}, got {tuple(tensors[key].shape)}"
+        for key, shape in expected.items()
+        if key in tensors and tensors[key].shape != tuple(shape)
+    ]
+    problems = (
+        ("missing from the file", [key for key in expected if key not in tensors]),
+        ("unexpected in the file", [key for key in tensors if key not in expected]),
+        ("of the wrong shape", wrong),
+    )
+    if any(listed for _, listed in problems):
+        text = "".join(
+            f"\n  {len(listed)} {what}:" + "".join(f"\n    {line}" for line in listed)
+            for what, listed in problems
+            if listed
+        )
+        raise ValueError(f"load_adapter: expected {path / WEIGHTS_NAME} to fit the model, got{text}")
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _replacing(directory: Path) -> Iterator[Callable[[str, Callable[[Path], Any]], None]]:
+    """Gives replace(name, write), which calls write(temporary path) at once. On leaving, all are renamed into
+    place; on an error before that, none is."""
+    pending: dict[Path, Path] = {}
+
+    def replace(name: str, write: Callable[[Path], Any]) -> None:
+        temporary = directory / f".{name}.{uuid4().hex}.tmp"
+        pending[temporary] = directory / name
+        write(temporary)
+        _fsync(temporary)
+
+    try:
+        yield replace
+        for temporary, final in pending.items():
+            os.replace(temporary, final)
+        _fsync(directory)
+    finally:
+        for temporary in pending:
+            temporary.unlink(missing_ok=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,100 @@
+""":func:`adapters`: a batch in which every row, or every prompt, has an adapter of its own, for a whole
+model."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .active import Batch, Place
+from .adapter_table import AdapterTable
+from .routing import Router
+
+if TYPE_CHECKING:
+    from .linear import QLinear
+
+
+class adapters:
+    """Inside ``with fastlora.adapters(model, names):`` row i of a batch has the adapter ``names[i]``.
+
+    Args:
+        model: any module with QLinear layers, or one of them. names: an adapter's name, or None for the base
+        alone, for each row of x (rows, k), or for each prompt of
+            x (prompts, tokens, k), whose tokens then all have it. So the same block serves a whole
+            generation: the prompts, and then a token each. "default" is a layer's own adapter.
+        batch_invariant: one kernel whatever the number of rows, so that a row's bits do not depend on who
+        shares
+            its batch.
+
+    A layer without one of the adapters, where others of the model have it, computes the base for its rows, as
+    PEFT does with adapters that target different layers. Blocks may be nested, the inner one holds; what was
+    in force before comes back when it is left, by an exception too. The object can be kept and entered again,
+    which saves looking the layers up.
+
+    A block holds for the thread that entered it; a layer under torch.compile is routed for all threads, of
+    which one at a time may then be inside. A backward pass may come after the block: checkpointed layers are
+    replayed with the routing that they had, but compiled ones only inside the block.
+
+    Raises, with nothing changed: ValueError for a name that no layer has, listing those there are;
+    RuntimeError for a merged layer. A layer that is given another number of rows raises ValueError.
+    """
+
+    def __init__(self, model: nn.Module, names: Sequence[str | None], batch_invariant: bool = False) -> None:
+        if isinstance(names, str) or not all(name is None or isinstance(name, str) for name in names):
+            raise TypeError(f"adapters: expected a sequence of names, one a row or a prompt, got {names!r}")
+        self._layers = _layers(model)
+        self._names, self._batch_invariant = list(names), batch_invariant
+        self._distinct = [name for name in dict.fromkeys(names) if name is not None]
+        self._routers: dict[Place, Router] = {}
+        self._seen: list[tuple[Any, ...]] | None = None
+        self._entered: dict[int, list[Batch]] = {}  # by thread
+        self._check()
+
+    def __enter__(self) -> None:
+        merged = [layer for layer in self._layers if layer.merged]
+        if merged:
+            raise RuntimeError(f"adapters: expected unmerged layers, got {len(merged)} that are merged")
+        tables = [layer.join_table(self._distinct) for layer in self._layers]
+        seen = [(id(table), table.generation, table.capacity, table.device) for table in tables]
+        if seen != self._seen:
+            self._check()
+            self._routers, self._seen = self._make(tables), seen
+        batch = Batch(self._routers)
+        batch.enter()
+        self._entered.setdefault(threading.get_ident(), []).append(batch)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._entered[threading.get_ident()].pop().leave()
+
+    def _check(self) -> None:
+        known = {name for layer in self._layers for name in layer.adapter_names}
+        unknown = [name for name in self._distinct if name not in known]
+        if unknown:
+            raise ValueError(
+                f"adapters: expected names of adapters, got {unknown}; this model has {sorted(known)}"
+            )
+
+    def _make(self, tables: list[AdapterTable]) -> dict[Place, Router]:
+        shared: dict[tuple, Router] = {}
+        routers: dict[Place, Router] = {}
+        for layer, table in zip(self._layers, tables, strict=True):
+            slots = {name: table.slot(name) for name in self._distinct if name in table}
+            key = (tuple(slots.items()), table.capacity, table.device)
+            if key not in shared:
+                rows = [-1 if name is None else slots.get(name, -1) for name in self._names]
+                shared[key] = Router(rows, table.capacity, table.device, self._batch_invariant)
+            assert layer.place is not None
+            routers[layer.place] = shared[key]
+        return routers
+
+
+def _layers(model: nn.Module) -> list[QLinear]:
+    from .linear import QLinear
+
+    return [m for m in model.modules() if isinstance(m, QLinear) and m.adapter_names]
