@@ -82,7 +82,17 @@ struct Backward {
                        const uint8_t* panel, int64_t panels, float* c, Visit visit, Filler& filler) {
     for (int64_t p = 0, width; p < panels; p += width) {
       width = G::group_width(p, panels);
-      for (int64_t i = 0; i < rows; i += G::kStripRows) {
+      int64_t i = 0;
+      if constexpr (requires { &L::template visits<true, Filler>; }) {
+        const int64_t full = (rows + 15) / G::kStripRows;
+        if (width == 2 && full > 0) {
+          i = full * G::kStripRows;
+          L::template visits<true>(packed + block0 * G::kStripBlockBytes, panel + p * blocks * kTileBytes,
+                                   all_blocks * G::kStripBlockBytes, full, blocks, c + p * kPanel,
+                                   G::kStripRows * kLdc, kLdc, visit, filler);
+        }
+      }
+      for (; i < rows; i += G::kStripRows) {
         L::multiply(packed + (i / G::kStripRows * all_blocks + block0) * G::kStripBlockBytes,
                     panel + p * blocks * kTileBytes, width, blocks, c + i * kLdc + p * kPanel, kLdc,
                     min64(G::kStripRows, rows - i), visit, filler);

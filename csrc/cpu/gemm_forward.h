@@ -107,7 +107,15 @@ struct Forward {
   template <class Filler>
   static void multiply(const uint8_t* strip, int64_t rows, const uint8_t* base, int64_t panels, int64_t all_blocks,
                        int64_t block0, int64_t blocks, float* c, int64_t ldc, Visit visit, Filler& filler) {
-    for (int64_t p = 0, width; p < panels; p += width) {
+    int64_t p = 0;
+    if constexpr (requires { &L::template visits<false, Filler>; }) {
+      if (rows > 16 && panels >= 2) {
+        p = panels / 2 * 2;
+        L::template visits<false>(strip, base + block0 * 2 * kTileBytes, all_blocks * 2 * kTileBytes, p / 2, blocks, c,
+                                  2 * kPanel, ldc, visit, filler);
+      }
+    }
+    for (int64_t width; p < panels; p += width) {
       width = G::group_width(p, panels);
       L::multiply(strip, base + p * all_blocks * kTileBytes + block0 * width * kTileBytes, width, blocks,
                   c + p * kPanel, ldc, rows, visit, filler);
