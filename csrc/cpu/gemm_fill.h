@@ -5,6 +5,8 @@
 // filler.point() at even distances, and the filler dequantises there what the next multiply needs.
 #pragma once
 
+#include <type_traits>
+
 #include "gemm_layout.h"
 
 namespace fastlora::cpu {
@@ -13,12 +15,15 @@ namespace {
 constexpr int64_t kRowsAhead = 16;  // rows of W asked for ahead of their use where a fill walks down them
 
 // A prefetch may name any address: it never faults. The sum is one of integers, as no object may be there.
-inline void prefetch(const uint8_t* base, int64_t offset) {
-  __builtin_prefetch(
-      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(offset)));
+inline const void* far(const uint8_t* base, int64_t offset) {
+  return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(offset));
 }
+inline void prefetch(const uint8_t* base, int64_t offset) { __builtin_prefetch(far(base, offset)); }
+inline void prefetch_l2(const uint8_t* base, int64_t offset) { __builtin_prefetch(far(base, offset), 0, 2); }
 
 struct NoFiller {
+  NoFiller local() const { return {}; }
+  void take(const NoFiller&) {}
   void point() {}
   template <int kQuarter>
   void quarter() {}
@@ -26,22 +31,37 @@ struct NoFiller {
 };
 
 // `count` steps. A multiply offers either `points` calls of point(), over which they are spread evenly, or runs of
-// four calls quarter<0..3>(), a step each. What is left is done by finish().
+// four calls quarter<0..3>(), a step each. What is left is done by finish(). A long loop of points takes local(),
+// which has in registers what changes from step to step, and gives it back by take().
 template <class Step>
 struct Filler {
+  static constexpr int64_t kStep = 1 << 16;
   Step step;
   int64_t count;
-  int64_t rate;  // steps a point, in 1/256
+  int64_t rate;  // steps a point, in 1/kStep: rounded down, for points must not take more than there are
   int64_t due = 0, at = 0;
   typename Step::State state;
 
   Filler(const Step& s, int64_t steps, int64_t points)
-      : step(s), count(steps), rate(ceil_div(steps * 256, max64(points, 1))) {}
+      : step(s), count(steps), rate(steps * kStep / max64(points, 1)) {}
 
-  [[gnu::always_inline]] void point() {
-    for (due += rate; due >= 256; due -= 256) {
-      if (at < count) step(at++);
+  struct Local {
+    typename Step::Walk walk;
+    int64_t rate, due, taken;
+    [[gnu::always_inline]] void point() {
+      for (due += rate; due >= kStep; due -= kStep, ++taken) walk.next();
     }
+  };
+  Local local() const { return {step.walk(at), rate, due, 0}; }
+  void take(const Local& l) {
+    due = l.due;
+    at += l.taken;
+  }
+
+  void point() {
+    Local l = local();
+    l.point();
+    take(l);
   }
   template <int kQuarter>
   [[gnu::always_inline]] void quarter() {
@@ -52,6 +72,14 @@ struct Filler {
   void finish() {
     while (at < count) step(at++);
   }
+};
+
+// The steps of a Step from `at` on, one after the other.
+template <class Step>
+struct AnyWalk {
+  Step step;
+  int64_t at;
+  [[gnu::always_inline]] void next() { step(at++); }
 };
 
 // One run of a strip, row by row; whole runs only.
@@ -110,6 +138,48 @@ struct StripStep {
       state.to = w.to;
     }
     L::template look_up<kAlign, kQuarter>(state.look, state.to + L::look_of(kQuarter) * G::kStripBlockBytes);
+  }
+
+  // Where blocks end at halves of runs nothing but places changes.
+  struct LinearWalk {
+    const uint8_t* bytes;
+    const float* absmax;
+    uint8_t* to;
+    int64_t r, runs, row_bytes, absmax_stride, ahead;
+    [[gnu::always_inline]] void next() {
+      prefetch_l2(bytes, ahead);
+      typename L::Look l = L::template look<kAlign>(bytes, absmax, 0, 6);
+      L::template look_up<kAlign, 0>(l, to + L::look_of(0) * G::kStripBlockBytes);
+      L::template look_up<kAlign, 1>(l, to + L::look_of(1) * G::kStripBlockBytes);
+      L::template look_up<kAlign, 2>(l, to + L::look_of(2) * G::kStripBlockBytes);
+      L::template look_up<kAlign, 3>(l, to + L::look_of(3) * G::kStripBlockBytes);
+      bytes += G::kRun / 2;
+      absmax += 2;
+      to += G::kVectors * G::kStripBlockBytes;
+      if (++r == runs) {
+        r = 0;
+        bytes += row_bytes - runs * (G::kRun / 2);
+        absmax += absmax_stride - runs * 2;
+        to += 64 - runs * (G::kVectors * G::kStripBlockBytes);
+      }
+    }
+  };
+  using Walk = std::conditional_t<kAlign == Alignment::kHalves, LinearWalk, AnyWalk<StripStep>>;
+  Walk walk(int64_t at) const {
+    if constexpr (kAlign == Alignment::kHalves) {
+      const int64_t r = at & ((1 << log_runs) - 1);
+      const uint8_t* bytes = packed + (at >> log_runs) * row_bytes + r * (G::kRun / 2);
+      return {.bytes = bytes,
+              .absmax = absmax + (at >> log_runs) * absmax_stride + lead / 64 + r * 2,
+              .to = strip + (at >> log_runs) * 64 + r * (G::kVectors * G::kStripBlockBytes),
+              .r = r,
+              .runs = 1 << log_runs,
+              .row_bytes = row_bytes,
+              .absmax_stride = absmax_stride,
+              .ahead = G::kStripRows * row_bytes};
+    } else {
+      return {*this, at};
+    }
   }
 };
 
@@ -177,6 +247,8 @@ struct PanelStep {
     quarter<2>(t, state);
     quarter<3>(t, state);
   }
+  using Walk = AnyWalk<PanelStep>;
+  Walk walk(int64_t at) const { return {*this, at}; }
 };
 
 template <class L>

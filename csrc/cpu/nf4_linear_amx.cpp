@@ -69,10 +69,10 @@ struct Amx : Bf16Level {
   // What changes from visit to visit is streamed; what does not stays in L1. A tile of C leaves for memory, and the
   // next visit's comes in its place, just before the first product that needs it: the other tiles' products go on.
   template <bool kStrips, class Filler>
-  static void visits(const uint8_t* strip, const uint8_t* panels, int64_t step, int64_t count, int64_t blocks,
+  [[gnu::noinline]] static void visits(const uint8_t* strip, const uint8_t* panels, int64_t step, int64_t count, int64_t blocks,
                      float* c, int64_t c_step, int64_t ldc, Visit visit, Filler& filler) {
     tile_fence();
-    Filler fill = filler;  // a local: it lives in registers
+    auto fill = filler.local();
     float* before = nullptr;
     for (int64_t v = 0; v < count; ++v, c += c_step) {
       const uint8_t* a = strip + (kStrips ? v * step : 0);
@@ -133,7 +133,7 @@ struct Amx : Bf16Level {
       tile_store<2>(before + 16 * ldc, ldc * 4);
       tile_store<3>(before + 16 * ldc + 16, ldc * 4);
     }
-    filler = fill;
+    filler.take(fill);
     tile_fence();
   }
 
