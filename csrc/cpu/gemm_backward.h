@@ -57,15 +57,22 @@ struct Backward {
     return {unit, min64(min64(end - unit, runs - unit % runs), plan.units_per_c), 0, 0, 0};
   }
   bool advance(Place& at, int64_t end) const {
+    if (++at.q < at.count) return true;
+    at.q = 0;
     at.b += L::kPanelBlocks;
     if (at.b < chunk_of(at)) return true;
     at.b = 0;
-    if (++at.q < at.count) return true;
-    at.q = 0;
     if (++at.chunk < plan.chunks) return true;
     if (at.unit + at.count >= end) return false;
     at = start(at.unit + at.count, end);
     return true;
+  }
+
+  // From an item of the set at `at` to where the same columns are needed next: below or, at the end, on top of the
+  // next runs.
+  int64_t ahead_of(const Place& at) const {
+    const int64_t row_bytes = ceil_div(k, 2), rows = L::kPanelBlocks * G::kPerVector;
+    return item_row_of(at) + rows < n ? rows * row_bytes : at.count * (G::kRun / 2) - item_row_of(at) * row_bytes;
   }
 
   void fill(const Place& at, uint8_t* panels) const {
@@ -111,7 +118,7 @@ struct Backward {
           points += L::points(G::kRunPanels, min64(G::kStripRows, rows - i), piece_of(at));
         }
         Filler filler(Fill<L>::template panel_step<kAlign>(source, nf4_dynamic_map(), item_row_of(*next),
-                                                           piece_of(*next), column_of(*next), panels),
+                                                           piece_of(*next), column_of(*next), panels, ahead_of(*next)),
                       piece_of(*next) * 16, points);
         body(filler);
         filler.finish();
@@ -223,6 +230,9 @@ struct Backward {
   Status run(int32_t threads) {
     runs = ceil_div(k, G::kRun);
     plan = make_plan<L>(m, n, 1, ext.n, L::kBackwardRows, G::kStripRows, G::kRun * 4);
+    if constexpr (kQuantized && requires { L::kRunsTogether; }) {
+      plan.units_per_c = max64(plan.units_per_c, L::kRunsTogether);
+    }
     out_of_memory = false;
     parallel_ranges(
         total_cost(m, plan.row_block, runs), threads,

@@ -196,7 +196,8 @@ struct PanelStep {
   const float* map;
   uint8_t* panels;
   int64_t row_bytes, k, blocks;
-  int64_t flat;  // the place of the set's first weight in W
+  int64_t flat;   // the place of the set's first weight in W
+  int64_t ahead;  // where a walk prefetches, in bytes from an item's place
   int shift;
 
   // The scales of a run, where look_up_whole wants them.
@@ -247,8 +248,61 @@ struct PanelStep {
     quarter<2>(t, state);
     quarter<3>(t, state);
   }
-  using Walk = AnyWalk<PanelStep>;
-  Walk walk(int64_t at) const { return {*this, at}; }
+
+  // Where blocks end at halves of runs, and panels lie in pairs.
+  struct LinearWalk {
+    const uint8_t* even;
+    uint8_t* to;
+    int64_t at, left, row_bytes, k, ahead, pair_bytes;
+    Nf4Scales scales;
+    const float* map;
+    int shift;
+    [[gnu::always_inline]] typename L::Look look(const uint8_t* bytes, int64_t place) const {
+      const float absmax[2] = {block_absmax(scales, map, place >> shift),
+                               block_absmax(scales, map, (place + G::kRun / 2) >> shift)};
+      return L::template look<kAlign>(bytes, absmax, 0, 6);
+    }
+    template <int kQuarter>
+    [[gnu::always_inline]] void quarter(typename L::Look& a, typename L::Look& b) const {
+      uint8_t* low = to + L::look_of(kQuarter) * pair_bytes;
+      L::template look_up_pair<kAlign, kQuarter>(a, b, low, low + kTileBytes);
+    }
+    [[gnu::always_inline]] void next() {
+      prefetch_l2(even, ahead);
+      prefetch_l2(even, ahead + row_bytes);
+      typename L::Look a = look(even, at), b = look(even + row_bytes, at + k);
+      quarter<0>(a, b);
+      quarter<1>(a, b);
+      quarter<2>(a, b);
+      quarter<3>(a, b);
+      even += 2 * row_bytes;
+      at += 2 * k;
+      to += 64;
+      if (--left == 0) {
+        left = 16;
+        to += kTileBytes;
+      }
+    }
+  };
+  static constexpr bool kLinear = kHalves && G::kGroup == 2;
+  using Walk = std::conditional_t<kLinear, LinearWalk, AnyWalk<PanelStep>>;
+  Walk walk(int64_t t) const {
+    if constexpr (kLinear) {
+      return {.even = packed + 2 * t * row_bytes,
+              .to = place_of(0, t),
+              .at = flat + 2 * t * k,
+              .left = 16 - t % 16,
+              .row_bytes = row_bytes,
+              .k = k,
+              .ahead = ahead,
+              .pair_bytes = 2 * blocks * kTileBytes,
+              .scales = scales,
+              .map = map,
+              .shift = shift};
+    } else {
+      return {*this, t};
+    }
+  }
 };
 
 template <class L>
@@ -376,7 +430,7 @@ struct Fill : Gemm<L> {
   // The same by steps, one an item; every run must lie inside W.
   template <Alignment kAlign>
   static PanelStep<L, kAlign> panel_step(const Nf4Weight& w, const float* map, int64_t row0, int64_t blocks,
-                                         int64_t k0, uint8_t* panels) {
+                                         int64_t k0, uint8_t* panels, int64_t ahead) {
     const int64_t row_bytes = ceil_div(w.k, 2);
     return {.packed = w.packed + row0 * row_bytes + k0 / 2,
             .scales = w.scales,
@@ -386,6 +440,7 @@ struct Fill : Gemm<L> {
             .k = w.k,
             .blocks = blocks,
             .flat = row0 * w.k + k0,
+            .ahead = ahead,
             .shift = __builtin_ctzll(static_cast<uint64_t>(w.blocksize))};
   }
 };

@@ -12,6 +12,7 @@ struct Amx : Bf16Level {
   static constexpr int64_t kGroup = 2;        // two B tiles side by side: 2 KiB a step
   static constexpr int64_t kStripBlocks = 8;  // 256 columns: a strip of 16 KiB
   static constexpr int64_t kPanelBlocks = 8;  // 256 rows of W: 16 KiB a group of panels
+  static constexpr int64_t kRunsTogether = 4;  // of the input gradient: 256 bytes of a row of W, one after the other
   static constexpr int64_t kForwardRows = 128;
   static constexpr int64_t kBackwardRows = 128;
   static constexpr int64_t kPackedBytes = 1 << 20;
