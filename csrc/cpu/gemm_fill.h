@@ -52,17 +52,12 @@ struct Filler {
       for (due += rate; due >= kStep; due -= kStep, ++taken) walk.next();
     }
   };
-  Local local() const { return {step.walk(at), rate, due, 0}; }
+  Local local() const { return {step.walk(at, count), rate, due, 0}; }
   void take(const Local& l) {
     due = l.due;
     at += l.taken;
   }
 
-  void point() {
-    Local l = local();
-    l.point();
-    take(l);
-  }
   template <int kQuarter>
   [[gnu::always_inline]] void quarter() {
     if (at >= count) return;
@@ -140,43 +135,53 @@ struct StripStep {
     L::template look_up<kAlign, kQuarter>(state.look, state.to + L::look_of(kQuarter) * G::kStripBlockBytes);
   }
 
-  // Where blocks end at halves of runs nothing but places changes.
+  // Where blocks end at halves of runs nothing but places changes. What the next step looks up is loaded by this one:
+  // instructions that wait for a load would fill the scheduler, and a core would see less far ahead.
   struct LinearWalk {
     const uint8_t* bytes;
     const float* absmax;
     uint8_t* to;
-    int64_t r, runs, row_bytes, absmax_stride, ahead;
+    int64_t r, runs, row_bytes, absmax_stride, ahead, left;
+    typename L::Look ready;
+    [[gnu::always_inline]] void load() { ready = L::template look<kAlign>(bytes, absmax, 0, 6); }
     [[gnu::always_inline]] void next() {
       prefetch_l2(bytes, ahead);
-      typename L::Look l = L::template look<kAlign>(bytes, absmax, 0, 6);
-      L::template look_up<kAlign, 0>(l, to + L::look_of(0) * G::kStripBlockBytes);
-      L::template look_up<kAlign, 1>(l, to + L::look_of(1) * G::kStripBlockBytes);
-      L::template look_up<kAlign, 2>(l, to + L::look_of(2) * G::kStripBlockBytes);
-      L::template look_up<kAlign, 3>(l, to + L::look_of(3) * G::kStripBlockBytes);
-      bytes += G::kRun / 2;
-      absmax += 2;
-      to += G::kVectors * G::kStripBlockBytes;
-      if (++r == runs) {
-        r = 0;
-        bytes += row_bytes - runs * (G::kRun / 2);
-        absmax += absmax_stride - runs * 2;
-        to += 64 - runs * (G::kVectors * G::kStripBlockBytes);
+      typename L::Look l = ready;
+      uint8_t* out = to;
+      if (--left > 0) {
+        bytes += G::kRun / 2;
+        absmax += 2;
+        to += G::kVectors * G::kStripBlockBytes;
+        if (++r == runs) {
+          r = 0;
+          bytes += row_bytes - runs * (G::kRun / 2);
+          absmax += absmax_stride - runs * 2;
+          to += 64 - runs * (G::kVectors * G::kStripBlockBytes);
+        }
       }
+      load();
+      L::template look_up<kAlign, 0>(l, out + L::look_of(0) * G::kStripBlockBytes);
+      L::template look_up<kAlign, 1>(l, out + L::look_of(1) * G::kStripBlockBytes);
+      L::template look_up<kAlign, 2>(l, out + L::look_of(2) * G::kStripBlockBytes);
+      L::template look_up<kAlign, 3>(l, out + L::look_of(3) * G::kStripBlockBytes);
     }
   };
   using Walk = std::conditional_t<kAlign == Alignment::kHalves, LinearWalk, AnyWalk<StripStep>>;
-  Walk walk(int64_t at) const {
+  Walk walk(int64_t at, int64_t count) const {
     if constexpr (kAlign == Alignment::kHalves) {
-      const int64_t r = at & ((1 << log_runs) - 1);
-      const uint8_t* bytes = packed + (at >> log_runs) * row_bytes + r * (G::kRun / 2);
-      return {.bytes = bytes,
-              .absmax = absmax + (at >> log_runs) * absmax_stride + lead / 64 + r * 2,
-              .to = strip + (at >> log_runs) * 64 + r * (G::kVectors * G::kStripBlockBytes),
-              .r = r,
-              .runs = 1 << log_runs,
-              .row_bytes = row_bytes,
-              .absmax_stride = absmax_stride,
-              .ahead = G::kStripRows * row_bytes};
+      const int64_t here = min64(at, count - 1), i = here >> log_runs, r = here & ((1 << log_runs) - 1);
+      Walk walk = {.bytes = packed + i * row_bytes + r * (G::kRun / 2),
+                   .absmax = absmax + i * absmax_stride + lead / 64 + r * 2,
+                   .to = strip + i * 64 + r * (G::kVectors * G::kStripBlockBytes),
+                   .r = r,
+                   .runs = 1 << log_runs,
+                   .row_bytes = row_bytes,
+                   .absmax_stride = absmax_stride,
+                   .ahead = G::kStripRows * row_bytes,
+                   .left = count - at,
+                   .ready = {}};
+      walk.load();
+      return walk;
     } else {
       return {*this, at};
     }
@@ -249,11 +254,12 @@ struct PanelStep {
     quarter<3>(t, state);
   }
 
-  // Where blocks end at halves of runs, and panels lie in pairs.
+  // The same where panels lie in pairs.
   struct LinearWalk {
     const uint8_t* even;
     uint8_t* to;
-    int64_t at, left, row_bytes, k, ahead, pair_bytes;
+    int64_t at, left_of_block, row_bytes, k, ahead, pair_bytes, left;
+    typename L::Look ready[2];
     Nf4Scales scales;
     const float* map;
     int shift;
@@ -263,42 +269,55 @@ struct PanelStep {
       return L::template look<kAlign>(bytes, absmax, 0, 6);
     }
     template <int kQuarter>
-    [[gnu::always_inline]] void quarter(typename L::Look& a, typename L::Look& b) const {
-      uint8_t* low = to + L::look_of(kQuarter) * pair_bytes;
+    [[gnu::always_inline]] void quarter(typename L::Look& a, typename L::Look& b, uint8_t* out) const {
+      uint8_t* low = out + L::look_of(kQuarter) * pair_bytes;
       L::template look_up_pair<kAlign, kQuarter>(a, b, low, low + kTileBytes);
+    }
+    [[gnu::always_inline]] void load() {
+      ready[0] = look(even, at);
+      ready[1] = look(even + row_bytes, at + k);
     }
     [[gnu::always_inline]] void next() {
       prefetch_l2(even, ahead);
       prefetch_l2(even, ahead + row_bytes);
-      typename L::Look a = look(even, at), b = look(even + row_bytes, at + k);
-      quarter<0>(a, b);
-      quarter<1>(a, b);
-      quarter<2>(a, b);
-      quarter<3>(a, b);
-      even += 2 * row_bytes;
-      at += 2 * k;
-      to += 64;
-      if (--left == 0) {
-        left = 16;
-        to += kTileBytes;
+      typename L::Look a = ready[0], b = ready[1];
+      uint8_t* out = to;
+      if (--left > 0) {
+        even += 2 * row_bytes;
+        at += 2 * k;
+        to += 64;
+        if (--left_of_block == 0) {
+          left_of_block = 16;
+          to += kTileBytes;
+        }
       }
+      load();
+      quarter<0>(a, b, out);
+      quarter<1>(a, b, out);
+      quarter<2>(a, b, out);
+      quarter<3>(a, b, out);
     }
   };
   static constexpr bool kLinear = kHalves && G::kGroup == 2;
   using Walk = std::conditional_t<kLinear, LinearWalk, AnyWalk<PanelStep>>;
-  Walk walk(int64_t t) const {
+  Walk walk(int64_t t, int64_t count) const {
     if constexpr (kLinear) {
-      return {.even = packed + 2 * t * row_bytes,
-              .to = place_of(0, t),
-              .at = flat + 2 * t * k,
-              .left = 16 - t % 16,
-              .row_bytes = row_bytes,
-              .k = k,
-              .ahead = ahead,
-              .pair_bytes = 2 * blocks * kTileBytes,
-              .scales = scales,
-              .map = map,
-              .shift = shift};
+      const int64_t here = min64(t, count - 1);
+      Walk walk = {.even = packed + 2 * here * row_bytes,
+                   .to = place_of(0, here),
+                   .at = flat + 2 * here * k,
+                   .left_of_block = 16 - here % 16,
+                   .row_bytes = row_bytes,
+                   .k = k,
+                   .ahead = ahead,
+                   .pair_bytes = 2 * blocks * kTileBytes,
+                   .left = count - t,
+                   .ready = {},
+                   .scales = scales,
+                   .map = map,
+                   .shift = shift};
+      walk.load();
+      return walk;
     } else {
       return {*this, t};
     }

@@ -23,8 +23,9 @@ struct Amx : Bf16Level {
 
   // kRowTiles x kPanels tiles of C: tiles 0..3 are C, 4 and 5 rows of the strip, 6 and 7 panels.
   template <int kRowTiles, int kPanels, class Filler>
-  static void micro(const uint8_t* strip, const uint8_t* panels, int64_t blocks, float* c, int64_t ldc,
+  [[gnu::noinline]] static void micro(const uint8_t* strip, const uint8_t* panels, int64_t blocks, float* c, int64_t ldc,
                     Visit visit, Filler& filler) {
+    auto fill = filler.local();
     float* c_low = c + 16 * ldc;
     if (visit.from == FromC::kLoad) {
       tile_load<0>(c, ldc * 4);
@@ -41,24 +42,25 @@ struct Amx : Bf16Level {
       tile_load<4>(strip, 64);
       tile_load<6>(panels, 64);
       tile_multiply<0, 4, 6>();
-      filler.point();
+      fill.point();
       if constexpr (kPanels == 2) {
         tile_load<7>(panels + kTileBytes, 64);
         tile_multiply<1, 4, 7>();
-        filler.point();
+        fill.point();
       }
       if constexpr (kRowTiles == 2) {
         tile_load<5>(strip + 1024, 64);
         tile_multiply<2, 5, 6>();
-        filler.point();
+        fill.point();
         if constexpr (kPanels == 2) {
           tile_multiply<3, 5, 7>();
-          filler.point();
+          fill.point();
         }
       }
       strip += kStripRows * 64;
       panels += kPanels * kTileBytes;
     }
+    filler.take(fill);
     if (!visit.store) return;
     tile_store<0>(c, ldc * 4);
     if constexpr (kPanels == 2) tile_store<1>(c + 16, ldc * 4);
