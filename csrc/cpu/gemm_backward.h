@@ -18,6 +18,7 @@ struct Backward {
   const void* v;  // (m, r), dtype
   DenseRows ext;  // (r, k)
   void* out;      // (m, k), dtype
+  DenseRows up = {};  // (n, r): if given, v is not read but computed from the same packed dy, and written
   Plan plan = {};
   int64_t runs = 0;
   bool out_of_memory = false;
@@ -33,7 +34,9 @@ struct Backward {
     uint8_t* panels[2];  // the set multiplied and the one being filled
     uint8_t* rank_panels;
     float* c;
-    int64_t packed_row, packed_chunk;
+    float* c_v;  // v of a row block, where it is computed here, and
+    uint8_t* v;  // its rows
+    int64_t packed_row, packed_chunk, projected_row;
   };
 
   // Where a thread is: set `b` of run `q` of `count` runs from `unit` on, in a chunk of the contraction.
@@ -137,7 +140,8 @@ struct Backward {
 
   void pack(const Place& at, Scratch& scratch) const {
     const int64_t row0 = row_of(at), rows = min64(plan.row_block, m - row0);
-    if (row0 != scratch.packed_row && plan.rank_blocks > 0 && plan.rank_chunk == plan.rank_blocks) {
+    if (row0 != scratch.packed_row && up.data == nullptr && plan.rank_blocks > 0 &&
+        plan.rank_chunk == plan.rank_blocks) {
       Pack<L>::pack_strips(v, dtype, ext.n, row0, rows, 0, ext.n, plan.rank_blocks, scratch.packed_v);
     }
     if (row0 != scratch.packed_row || at.chunk != scratch.packed_chunk) {
@@ -145,6 +149,30 @@ struct Backward {
                            scratch.packed);
       scratch.packed_row = row0;
       scratch.packed_chunk = at.chunk;
+      if (up.data != nullptr && scratch.projected_row != row0) project(at, scratch);
+    }
+  }
+
+  // This chunk's part of v = dy·up of the row block, by every thread that has a part of the block; one writes it.
+  void project(const Place& at, Scratch& scratch) const {
+    const int64_t row0 = row_of(at), rows = min64(plan.row_block, m - row0), panels = ceil_div(up.k, kPanel);
+    NoFiller none;
+    for (int64_t b = 0; b < chunk_of(at); b += L::kPanelBlocks) {
+      const int64_t now = min64(L::kPanelBlocks, chunk_of(at) - b);
+      Pack<L>::panels_of(up, (at.chunk * plan.chunk_blocks + b) * G::kPerVector, now, 0, false, panels,
+                         scratch.rank_panels);
+      const Visit visit{.from = at.chunk == 0 && b == 0 ? FromC::kZero : FromC::kLoad, .store = true};
+      multiply(scratch.packed, chunk_of(at), b, now, rows, scratch.rank_panels, panels, scratch.c_v, visit, none);
+    }
+    if (at.chunk + 1 < plan.chunks) return;
+    scratch.projected_row = row0;
+    for (int64_t i = 0; i < rows; ++i) {
+      L::store_row(scratch.c_v + i * kLdc, up.k, dtype, element_ptr(scratch.v, i * up.k, dtype));
+    }
+    Pack<L>::pack_strips(scratch.v, dtype, up.k, 0, rows, 0, up.k, plan.rank_blocks, scratch.packed_v);
+    if (at.unit % runs == 0) {
+      std::memcpy(const_cast<void*>(element_ptr(v, row0 * up.k, dtype)), scratch.v,
+                  static_cast<size_t>(rows * up.k * dtype_bytes(dtype)));
     }
   }
 
@@ -183,15 +211,21 @@ struct Backward {
   bool take_scratch(Scratch& scratch) const {
     const int64_t packed = plan.row_block * plan.chunk_blocks * 64, rank = plan.row_block * plan.rank_chunk * 64;
     const int64_t panels = L::kPanelBlocks * G::kRunPanels * kTileBytes, all_c = plan.units_per_c * c_floats() * 4;
-    auto* base = static_cast<uint8_t*>(thread_scratch(static_cast<size_t>(packed + rank + 3 * panels + all_c)));
+    const int64_t c_v = up.data == nullptr ? 0 : c_floats() * 4, rows_v = plan.row_block * up.k * 4;
+    auto* base = static_cast<uint8_t*>(
+        thread_scratch(static_cast<size_t>(packed + rank + 3 * panels + all_c + c_v + rows_v)));
     if (base == nullptr) return false;
+    uint8_t* after = base + 3 * panels + packed + rank;
     scratch = {.packed = base + 3 * panels,
                .packed_v = base + 3 * panels + packed,
                .panels = {base, base + panels},
                .rank_panels = base + 2 * panels,
-               .c = reinterpret_cast<float*>(base + 3 * panels + packed + rank),
+               .c = reinterpret_cast<float*>(after),
+               .c_v = reinterpret_cast<float*>(after + all_c),
+               .v = after + all_c + c_v,
                .packed_row = -1,
-               .packed_chunk = -1};
+               .packed_chunk = -1,
+               .projected_row = -1};
     return true;
   }
 

@@ -18,7 +18,8 @@ struct Forward {
   const void* u;  // (m, r), dtype
   DenseRows ext;  // (n, r)
   const void* bias;
-  void* out;  // (m, n), dtype
+  void* out;            // (m, n), dtype
+  DenseRows down = {};  // (r, k): if given, u is not read but computed from the same packed x, and written
   Plan plan = {};
   int64_t strips = 0;
   bool out_of_memory = false;
@@ -34,7 +35,9 @@ struct Forward {
     uint8_t* rank_strip;
     float* c;
     float* absmax;  // of one strip and chunk
-    int64_t packed_row, packed_chunk;
+    float* c_u;     // uᵀ of a row block, where it is computed here, and
+    uint8_t* u;     // its rows
+    int64_t packed_row, packed_chunk, projected_row;
     int64_t absmax_strip, absmax_chunk;
   };
 
@@ -151,7 +154,8 @@ struct Forward {
 
   void pack(const Place& at, Scratch& scratch) const {
     const int64_t row0 = row_of(at), rows = min64(plan.row_block, m - row0);
-    if (row0 != scratch.packed_row && plan.rank_blocks > 0 && plan.rank_chunk == plan.rank_blocks) {
+    if (row0 != scratch.packed_row && down.data == nullptr && plan.rank_blocks > 0 &&
+        plan.rank_chunk == plan.rank_blocks) {
       Pack<L>::pack_panels(u, dtype, ext.k, row0, rows, 0, ext.k, plan.rank_blocks, false, scratch.packed_u);
     }
     if (row0 != scratch.packed_row || at.chunk != scratch.packed_chunk) {
@@ -159,6 +163,35 @@ struct Forward {
                            true, scratch.packed);
       scratch.packed_row = row0;
       scratch.packed_chunk = at.chunk;
+      if (down.data != nullptr && scratch.projected_row != row0) project(at, scratch);
+    }
+  }
+
+  // This chunk's part of u = x·downᵀ of the row block. Every thread that has a part of the block computes all of its
+  // u, for that is quicker than to wait for another; one of them writes it.
+  void project(const Place& at, Scratch& scratch) const {
+    const int64_t row0 = row_of(at), rows = min64(plan.row_block, m - row0), panels = ceil_div(rows, kPanel);
+    const bool last = at.chunk + 1 == plan.chunks;
+    NoFiller none;
+    for (int64_t q = 0; q < down.n; q += G::kStripRows) {
+      const int64_t count = min64(G::kStripRows, down.n - q);
+      float* c = scratch.c_u + q * plan.row_block;
+      for (int64_t b = 0; b < chunk_of(at); b += L::kStripBlocks) {
+        const int64_t now = min64(L::kStripBlocks, chunk_of(at) - b);
+        Pack<L>::strip_of(down, q, count, (at.chunk * plan.chunk_blocks + b) * G::kPerVector, now, true,
+                          scratch.rank_strip);
+        const Visit visit{.from = at.chunk == 0 && b == 0 ? FromC::kZero : FromC::kLoad, .store = true};
+        multiply(scratch.rank_strip, count, scratch.packed, panels, chunk_of(at), b, now, c, plan.row_block, visit,
+                 none);
+      }
+      if (last) store_columns(c, rows, nullptr, q, count, scratch.u, down.n);
+    }
+    if (!last) return;
+    scratch.projected_row = row0;
+    Pack<L>::pack_panels(scratch.u, dtype, down.n, 0, rows, 0, down.n, plan.rank_blocks, false, scratch.packed_u);
+    if (at.unit % strips == 0) {
+      std::memcpy(const_cast<void*>(element_ptr(u, row0 * down.n, dtype)), scratch.u,
+                  static_cast<size_t>(rows * down.n * dtype_bytes(dtype)));
     }
   }
 
@@ -182,40 +215,51 @@ struct Forward {
     }
   }
 
-  void store(const Place& at, const float* c) const {
-    const int64_t row0 = row_of(at), rows = min64(plan.row_block, m - row0);
-    const int64_t n0 = strip_of(at) * G::kStripRows, count = strip_rows(at);
+  // C, one strip's columns of the result, into rows of `to`, which has `ld` columns.
+  void store_columns(const float* c, int64_t rows, const float* offset, int64_t n0, int64_t count, void* to,
+                     int64_t ld) const {
     alignas(64) float block[kPanel][G::kStripRows];
+    for (int64_t p = 0; p * kPanel < rows; ++p) {
+      L::transpose_strip(c + p * kPanel, plan.row_block, block);
+      for (int64_t j = 0; j < min64(kPanel, rows - p * kPanel); ++j) {
+        if (offset != nullptr) {
+          for (int64_t i = 0; i < G::kStripRows; ++i) block[j][i] += offset[i];
+        }
+        L::store_row(block[j], count, dtype, element_ptr(to, (p * kPanel + j) * ld + n0, dtype));
+      }
+    }
+  }
+
+  void store(const Place& at, const float* c) const {
+    const int64_t row0 = row_of(at), n0 = strip_of(at) * G::kStripRows, count = strip_rows(at);
     float offset[G::kStripRows] = {};
     if (bias != nullptr) {
       for (int64_t i = 0; i < count; ++i) offset[i] = load_as_float(bias, n0 + i, dtype);
     }
-    for (int64_t p = 0; p * kPanel < rows; ++p) {
-      L::transpose_strip(c + p * kPanel, plan.row_block, block);
-      for (int64_t j = 0; j < min64(kPanel, rows - p * kPanel); ++j) {
-        if (bias != nullptr) {
-          for (int64_t i = 0; i < G::kStripRows; ++i) block[j][i] += offset[i];
-        }
-        L::store_row(block[j], count, dtype, element_ptr(out, (row0 + p * kPanel + j) * n + n0, dtype));
-      }
-    }
+    store_columns(c, min64(plan.row_block, m - row0), bias == nullptr ? nullptr : offset, n0, count,
+                  element_ptr(out, row0 * n, dtype), n);
   }
 
   bool take_scratch(Scratch& scratch) const {
     const int64_t packed = plan.row_block * plan.chunk_blocks * 64, rank = plan.row_block * plan.rank_chunk * 64;
     const int64_t strip = L::kStripBlocks * G::kStripBlockBytes, all_c = plan.units_per_c * c_floats() * 4;
     const int64_t absmax = round_up(G::kStripRows * absmax_stride() * 4, 64);
-    auto* base =
-        static_cast<uint8_t*>(thread_scratch(static_cast<size_t>(packed + rank + 3 * strip + all_c + absmax)));
+    const int64_t c_u = round_up(down.n, G::kStripRows) * plan.row_block * 4, rows_u = plan.row_block * down.n * 4;
+    auto* base = static_cast<uint8_t*>(
+        thread_scratch(static_cast<size_t>(packed + rank + 3 * strip + all_c + absmax + c_u + rows_u)));
     if (base == nullptr) return false;
+    uint8_t* after = base + 3 * strip + packed + rank;
     scratch = {.packed = base + 3 * strip,
                .packed_u = base + 3 * strip + packed,
                .strips = {base, base + strip},
                .rank_strip = base + 2 * strip,
-               .c = reinterpret_cast<float*>(base + 3 * strip + packed + rank),
-               .absmax = reinterpret_cast<float*>(base + 3 * strip + packed + rank + all_c),
+               .c = reinterpret_cast<float*>(after),
+               .absmax = reinterpret_cast<float*>(after + all_c),
+               .c_u = reinterpret_cast<float*>(after + all_c + absmax),
+               .u = after + all_c + absmax + c_u,
                .packed_row = -1,
                .packed_chunk = -1,
+               .projected_row = -1,
                .absmax_strip = -1,
                .absmax_chunk = -1};
     return true;

@@ -17,6 +17,7 @@ struct Amx : Bf16Level {
   static constexpr int64_t kBackwardRows = 128;
   static constexpr int64_t kPackedBytes = 1 << 20;
   static constexpr bool kResidentC = true;
+  static constexpr bool kProjects = true;
 
   static void begin() { tile_begin(); }
   static void end() { tile_end(); }
