@@ -43,6 +43,10 @@ void tile_load(const void* base, int64_t stride) {
   }
 }
 template <int kTile>
+void tile_stream(const void* base, int64_t stride) {
+  tile_load<kTile>(base, stride);
+}
+template <int kTile>
 void tile_store(void* base, int64_t stride) {
   if (!t_tiles.configured) __builtin_trap();
   for (int row = 0; row < 16; ++row) {
@@ -109,6 +113,13 @@ inline void tile_zero() {
 template <int kTile>
 inline void tile_load(const void* base, int64_t stride) {
 #define FASTLORA_CALL(t) _tile_loadd(t, base, stride)
+  FASTLORA_TILE_SWITCH(kTile, FASTLORA_CALL);
+#undef FASTLORA_CALL
+}
+// A load of what this core will not soon read again: it leaves what lies in L1 there.
+template <int kTile>
+inline void tile_stream(const void* base, int64_t stride) {
+#define FASTLORA_CALL(t) _tile_stream_loadd(t, base, stride)
   FASTLORA_TILE_SWITCH(kTile, FASTLORA_CALL);
 #undef FASTLORA_CALL
 }

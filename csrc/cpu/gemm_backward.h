@@ -20,6 +20,7 @@ struct Backward {
   void* out;                      // (m, k), dtype
   const float* addend = nullptr;  // (m, k)
   Beside beside = {};             // where rows of dy and out lie, and what comes on top
+  DenseRows up = {};  // (n, r): if given, v is not read but computed from the same packed dy, and written
   Plan plan = {};
   int64_t runs = 0;
   bool out_of_memory = false;
@@ -35,7 +36,9 @@ struct Backward {
     uint8_t* panels[2];  // the set multiplied and the one being filled
     uint8_t* rank_panels;
     float* c;
-    int64_t packed_row, packed_chunk;
+    float* c_v;  // v of a row block, where it is computed here, and
+    uint8_t* v;  // its rows
+    int64_t packed_row, packed_chunk, projected_row;
   };
 
   // Where a thread is: set `b` of run `q` of `count` runs from `unit` on, in a chunk of the contraction.
@@ -59,15 +62,22 @@ struct Backward {
     return {unit, min64(min64(end - unit, runs - unit % runs), plan.units_per_c), 0, 0, 0};
   }
   bool advance(Place& at, int64_t end) const {
+    if (++at.q < at.count) return true;
+    at.q = 0;
     at.b += L::kPanelBlocks;
     if (at.b < chunk_of(at)) return true;
     at.b = 0;
-    if (++at.q < at.count) return true;
-    at.q = 0;
     if (++at.chunk < plan.chunks) return true;
     if (at.unit + at.count >= end) return false;
     at = start(at.unit + at.count, end);
     return true;
+  }
+
+  // From an item of the set at `at` to where the same columns are needed next: below or, at the end, on top of the
+  // next runs.
+  int64_t ahead_of(const Place& at) const {
+    const int64_t row_bytes = ceil_div(k, 2), rows = L::kPanelBlocks * G::kPerVector;
+    return item_row_of(at) + rows < n ? rows * row_bytes : at.count * (G::kRun / 2) - item_row_of(at) * row_bytes;
   }
 
   void fill(const Place& at, uint8_t* panels) const {
@@ -84,7 +94,17 @@ struct Backward {
                        const uint8_t* panel, int64_t panels, float* c, Visit visit, Filler& filler) {
     for (int64_t p = 0, width; p < panels; p += width) {
       width = G::group_width(p, panels);
-      for (int64_t i = 0; i < rows; i += G::kStripRows) {
+      int64_t i = 0;
+      if constexpr (requires { &L::template visits<true, Filler>; }) {
+        const int64_t full = (rows + 15) / G::kStripRows;
+        if (width == 2 && full > 0) {
+          i = full * G::kStripRows;
+          L::template visits<true>(packed + block0 * G::kStripBlockBytes, panel + p * blocks * kTileBytes,
+                                   all_blocks * G::kStripBlockBytes, full, blocks, c + p * kPanel,
+                                   G::kStripRows * kLdc, kLdc, visit, filler);
+        }
+      }
+      for (; i < rows; i += G::kStripRows) {
         L::multiply(packed + (i / G::kStripRows * all_blocks + block0) * G::kStripBlockBytes,
                     panel + p * blocks * kTileBytes, width, blocks, c + i * kLdc + p * kPanel, kLdc,
                     min64(G::kStripRows, rows - i), visit, filler);
@@ -103,7 +123,7 @@ struct Backward {
           points += L::points(G::kRunPanels, min64(G::kStripRows, rows - i), piece_of(at));
         }
         Filler filler(Fill<L>::template panel_step<kAlign>(source, nf4_dynamic_map(), item_row_of(*next),
-                                                           piece_of(*next), column_of(*next), panels),
+                                                           piece_of(*next), column_of(*next), panels, ahead_of(*next)),
                       piece_of(*next) * 16, points);
         body(filler);
         filler.finish();
@@ -122,7 +142,8 @@ struct Backward {
 
   void pack(const Place& at, Scratch& scratch) const {
     const int64_t row0 = row_of(at), rows = min64(plan.row_block, m - row0);
-    if (row0 != scratch.packed_row && plan.rank_blocks > 0 && plan.rank_chunk == plan.rank_blocks) {
+    if (row0 != scratch.packed_row && up.data == nullptr && plan.rank_blocks > 0 &&
+        plan.rank_chunk == plan.rank_blocks) {
       Pack<L>::pack_strips(v, dtype, ext.n, row0, rows, 0, ext.n, plan.rank_blocks, scratch.packed_v);
     }
     if (row0 != scratch.packed_row || at.chunk != scratch.packed_chunk) {
@@ -130,6 +151,30 @@ struct Backward {
                            scratch.packed, beside.from);
       scratch.packed_row = row0;
       scratch.packed_chunk = at.chunk;
+      if (up.data != nullptr && scratch.projected_row != row0) project(at, scratch);
+    }
+  }
+
+  // This chunk's part of v = dy·up of the row block, by every thread that has a part of the block; one writes it.
+  void project(const Place& at, Scratch& scratch) const {
+    const int64_t row0 = row_of(at), rows = min64(plan.row_block, m - row0), panels = ceil_div(up.k, kPanel);
+    NoFiller none;
+    for (int64_t b = 0; b < chunk_of(at); b += L::kPanelBlocks) {
+      const int64_t now = min64(L::kPanelBlocks, chunk_of(at) - b);
+      Pack<L>::panels_of(up, (at.chunk * plan.chunk_blocks + b) * G::kPerVector, now, 0, false, panels,
+                         scratch.rank_panels);
+      const Visit visit{.from = at.chunk == 0 && b == 0 ? FromC::kZero : FromC::kLoad, .store = true};
+      multiply(scratch.packed, chunk_of(at), b, now, rows, scratch.rank_panels, panels, scratch.c_v, visit, none);
+    }
+    if (at.chunk + 1 < plan.chunks) return;
+    scratch.projected_row = row0;
+    for (int64_t i = 0; i < rows; ++i) {
+      L::store_row(scratch.c_v + i * kLdc, up.k, dtype, element_ptr(scratch.v, i * up.k, dtype));
+    }
+    Pack<L>::pack_strips(scratch.v, dtype, up.k, 0, rows, 0, up.k, plan.rank_blocks, scratch.packed_v);
+    if (at.unit % runs == 0) {
+      std::memcpy(const_cast<void*>(element_ptr(v, row0 * up.k, dtype)), scratch.v,
+                  static_cast<size_t>(rows * up.k * dtype_bytes(dtype)));
     }
   }
 
@@ -174,15 +219,21 @@ struct Backward {
   bool take_scratch(Scratch& scratch) const {
     const int64_t packed = plan.row_block * plan.chunk_blocks * 64, rank = plan.row_block * plan.rank_chunk * 64;
     const int64_t panels = L::kPanelBlocks * G::kRunPanels * kTileBytes, all_c = plan.units_per_c * c_floats() * 4;
-    auto* base = static_cast<uint8_t*>(thread_scratch(static_cast<size_t>(packed + rank + 3 * panels + all_c)));
+    const int64_t c_v = up.data == nullptr ? 0 : c_floats() * 4, rows_v = plan.row_block * up.k * 4;
+    auto* base = static_cast<uint8_t*>(
+        thread_scratch(static_cast<size_t>(packed + rank + 3 * panels + all_c + c_v + rows_v)));
     if (base == nullptr) return false;
+    uint8_t* after = base + 3 * panels + packed + rank;
     scratch = {.packed = base + 3 * panels,
                .packed_v = base + 3 * panels + packed,
                .panels = {base, base + panels},
                .rank_panels = base + 2 * panels,
-               .c = reinterpret_cast<float*>(base + 3 * panels + packed + rank),
+               .c = reinterpret_cast<float*>(after),
+               .c_v = reinterpret_cast<float*>(after + all_c),
+               .v = after + all_c + c_v,
                .packed_row = -1,
-               .packed_chunk = -1};
+               .packed_chunk = -1,
+               .projected_row = -1};
     return true;
   }
 
@@ -233,6 +284,9 @@ struct Backward {
   Status run(int32_t threads) {
     runs = ceil_div(k, G::kRun);
     plan = make_plan<L>(m, n, 1, ext.n, L::kBackwardRows, G::kStripRows, G::kRun * 4);
+    if constexpr (kQuantized && requires { L::kRunsTogether; }) {
+      plan.units_per_c = max64(plan.units_per_c, L::kRunsTogether);
+    }
     out_of_memory = false;
     parallel_ranges(
         total_cost(m, plan.row_block, runs), threads,

@@ -8,15 +8,20 @@
 namespace fastlora::cpu {
 namespace {
 
+// Up to this rank u (v) is computed in the pass over W, from the same packed x (dy), where a level says so.
+constexpr int64_t kMostProjected = 64;
+
 template <class L>
 Status gemm_linear(const Nf4LinearArgs& a) {
-  if (a.r > 0 && a.lora_a != nullptr) {
+  const DenseRows down = {a.lora_a, a.lora_dtype, a.r, a.weight.k, 1.0f};
+  const bool projects = L::kProjects && a.r <= kMostProjected && a.weight.n > 0;
+  if (a.r > 0 && a.lora_a != nullptr && !projects) {
     Forward<L, DenseRows> low_rank{.x = a.x,
                                    .m = a.m,
                                    .k = a.weight.k,
                                    .n = a.r,
                                    .dtype = a.dtype,
-                                   .source = {a.lora_a, a.lora_dtype, a.r, a.weight.k, 1.0f},
+                                   .source = down,
                                    .u = nullptr,
                                    .ext = {},
                                    .bias = nullptr,
@@ -34,18 +39,21 @@ Status gemm_linear(const Nf4LinearArgs& a) {
                              .bias = a.bias,
                              .out = a.y,
                              .addend = a.addend};
+  if (a.r > 0 && a.lora_a != nullptr && projects) base.down = down;
   return base.run(a.threads);
 }
 
 template <class L>
 Status gemm_grad_input(const Nf4LinearGradInputArgs& a) {
-  if (a.r > 0) {
+  const DenseRows up = {a.lora_b, a.lora_dtype, a.weight.n, a.r, a.scaling};
+  const bool projects = L::kProjects && a.r <= kMostProjected && a.weight.k > 0;
+  if (a.r > 0 && !projects) {
     Backward<L, DenseRows> low_rank{.dy = a.dy,
                                     .m = a.m,
                                     .n = a.weight.n,
                                     .k = a.r,
                                     .dtype = a.dtype,
-                                    .source = {a.lora_b, a.lora_dtype, a.weight.n, a.r, a.scaling},
+                                    .source = up,
                                     .v = nullptr,
                                     .ext = {},
                                     .out = a.v};
@@ -61,6 +69,7 @@ Status gemm_grad_input(const Nf4LinearGradInputArgs& a) {
                               .ext = {a.lora_a, a.lora_dtype, a.r, a.weight.k, 1.0f},
                               .out = a.dx,
                               .addend = a.addend};
+  if (a.r > 0 && projects) base.up = up;
   return base.run(a.threads);
 }
 

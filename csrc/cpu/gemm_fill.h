@@ -5,6 +5,8 @@
 // filler.point() at even distances, and the filler dequantises there what the next multiply needs.
 #pragma once
 
+#include <type_traits>
+
 #include "gemm_layout.h"
 
 namespace fastlora::cpu {
@@ -13,12 +15,15 @@ namespace {
 constexpr int64_t kRowsAhead = 16;  // rows of W asked for ahead of their use where a fill walks down them
 
 // A prefetch may name any address: it never faults. The sum is one of integers, as no object may be there.
-inline void prefetch(const uint8_t* base, int64_t offset) {
-  __builtin_prefetch(
-      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(offset)));
+inline const void* far(const uint8_t* base, int64_t offset) {
+  return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(offset));
 }
+inline void prefetch(const uint8_t* base, int64_t offset) { __builtin_prefetch(far(base, offset)); }
+inline void prefetch_l2(const uint8_t* base, int64_t offset) { __builtin_prefetch(far(base, offset), 0, 2); }
 
 struct NoFiller {
+  NoFiller local() const { return {}; }
+  void take(const NoFiller&) {}
   void point() {}
   template <int kQuarter>
   void quarter() {}
@@ -26,23 +31,33 @@ struct NoFiller {
 };
 
 // `count` steps. A multiply offers either `points` calls of point(), over which they are spread evenly, or runs of
-// four calls quarter<0..3>(), a step each. What is left is done by finish().
+// four calls quarter<0..3>(), a step each. What is left is done by finish(). A long loop of points takes local(),
+// which has in registers what changes from step to step, and gives it back by take().
 template <class Step>
 struct Filler {
+  static constexpr int64_t kStep = 1 << 16;
   Step step;
   int64_t count;
-  int64_t rate;  // steps a point, in 1/256
+  int64_t rate;  // steps a point, in 1/kStep: rounded down, for points must not take more than there are
   int64_t due = 0, at = 0;
   typename Step::State state;
 
   Filler(const Step& s, int64_t steps, int64_t points)
-      : step(s), count(steps), rate(ceil_div(steps * 256, max64(points, 1))) {}
+      : step(s), count(steps), rate(steps * kStep / max64(points, 1)) {}
 
-  [[gnu::always_inline]] void point() {
-    for (due += rate; due >= 256; due -= 256) {
-      if (at < count) step(at++);
+  struct Local {
+    typename Step::Walk walk;
+    int64_t rate, due, taken;
+    [[gnu::always_inline]] void point() {
+      for (due += rate; due >= kStep; due -= kStep, ++taken) walk.next();
     }
+  };
+  Local local() const { return {step.walk(at, count), rate, due, 0}; }
+  void take(const Local& l) {
+    due = l.due;
+    at += l.taken;
   }
+
   template <int kQuarter>
   [[gnu::always_inline]] void quarter() {
     if (at >= count) return;
@@ -52,6 +67,14 @@ struct Filler {
   void finish() {
     while (at < count) step(at++);
   }
+};
+
+// The steps of a Step from `at` on, one after the other.
+template <class Step>
+struct AnyWalk {
+  Step step;
+  int64_t at;
+  [[gnu::always_inline]] void next() { step(at++); }
 };
 
 // One run of a strip, row by row; whole runs only.
@@ -111,6 +134,58 @@ struct StripStep {
     }
     L::template look_up<kAlign, kQuarter>(state.look, state.to + L::look_of(kQuarter) * G::kStripBlockBytes);
   }
+
+  // Where blocks end at halves of runs nothing but places changes. What the next step looks up is loaded by this one:
+  // instructions that wait for a load would fill the scheduler, and a core would see less far ahead.
+  struct LinearWalk {
+    const uint8_t* bytes;
+    const float* absmax;
+    uint8_t* to;
+    int64_t r, runs, row_bytes, absmax_stride, ahead, left;
+    typename L::Look ready;
+    [[gnu::always_inline]] void load() { ready = L::template look<kAlign>(bytes, absmax, 0, 6); }
+    [[gnu::always_inline]] void next() {
+      prefetch_l2(bytes, ahead);
+      typename L::Look l = ready;
+      uint8_t* out = to;
+      if (--left > 0) {
+        bytes += G::kRun / 2;
+        absmax += 2;
+        to += G::kVectors * G::kStripBlockBytes;
+        if (++r == runs) {
+          r = 0;
+          bytes += row_bytes - runs * (G::kRun / 2);
+          absmax += absmax_stride - runs * 2;
+          to += 64 - runs * (G::kVectors * G::kStripBlockBytes);
+        }
+      }
+      load();
+      L::template look_up<kAlign, 0>(l, out + L::look_of(0) * G::kStripBlockBytes);
+      L::template look_up<kAlign, 1>(l, out + L::look_of(1) * G::kStripBlockBytes);
+      L::template look_up<kAlign, 2>(l, out + L::look_of(2) * G::kStripBlockBytes);
+      L::template look_up<kAlign, 3>(l, out + L::look_of(3) * G::kStripBlockBytes);
+    }
+  };
+  using Walk = std::conditional_t<kAlign == Alignment::kHalves, LinearWalk, AnyWalk<StripStep>>;
+  Walk walk(int64_t at, int64_t count) const {
+    if constexpr (kAlign == Alignment::kHalves) {
+      const int64_t here = min64(at, count - 1), i = here >> log_runs, r = here & ((1 << log_runs) - 1);
+      Walk walk = {.bytes = packed + i * row_bytes + r * (G::kRun / 2),
+                   .absmax = absmax + i * absmax_stride + lead / 64 + r * 2,
+                   .to = strip + i * 64 + r * (G::kVectors * G::kStripBlockBytes),
+                   .r = r,
+                   .runs = 1 << log_runs,
+                   .row_bytes = row_bytes,
+                   .absmax_stride = absmax_stride,
+                   .ahead = G::kStripRows * row_bytes,
+                   .left = count - at,
+                   .ready = {}};
+      walk.load();
+      return walk;
+    } else {
+      return {*this, at};
+    }
+  }
 };
 
 // One item of a set of panels: a pair of rows of W, kRun columns.
@@ -126,7 +201,8 @@ struct PanelStep {
   const float* map;
   uint8_t* panels;
   int64_t row_bytes, k, blocks;
-  int64_t flat;  // the place of the set's first weight in W
+  int64_t flat;   // the place of the set's first weight in W
+  int64_t ahead;  // where a walk prefetches, in bytes from an item's place
   int shift;
 
   // The scales of a run, where look_up_whole wants them.
@@ -176,6 +252,75 @@ struct PanelStep {
     quarter<1>(t, state);
     quarter<2>(t, state);
     quarter<3>(t, state);
+  }
+
+  // The same where panels lie in pairs.
+  struct LinearWalk {
+    const uint8_t* even;
+    uint8_t* to;
+    int64_t at, left_of_block, row_bytes, k, ahead, pair_bytes, left;
+    typename L::Look ready[2];
+    Nf4Scales scales;
+    const float* map;
+    int shift;
+    [[gnu::always_inline]] typename L::Look look(const uint8_t* bytes, int64_t place) const {
+      const float absmax[2] = {block_absmax(scales, map, place >> shift),
+                               block_absmax(scales, map, (place + G::kRun / 2) >> shift)};
+      return L::template look<kAlign>(bytes, absmax, 0, 6);
+    }
+    template <int kQuarter>
+    [[gnu::always_inline]] void quarter(typename L::Look& a, typename L::Look& b, uint8_t* out) const {
+      uint8_t* low = out + L::look_of(kQuarter) * pair_bytes;
+      L::template look_up_pair<kAlign, kQuarter>(a, b, low, low + kTileBytes);
+    }
+    [[gnu::always_inline]] void load() {
+      ready[0] = look(even, at);
+      ready[1] = look(even + row_bytes, at + k);
+    }
+    [[gnu::always_inline]] void next() {
+      prefetch_l2(even, ahead);
+      prefetch_l2(even, ahead + row_bytes);
+      typename L::Look a = ready[0], b = ready[1];
+      uint8_t* out = to;
+      if (--left > 0) {
+        even += 2 * row_bytes;
+        at += 2 * k;
+        to += 64;
+        if (--left_of_block == 0) {
+          left_of_block = 16;
+          to += kTileBytes;
+        }
+      }
+      load();
+      quarter<0>(a, b, out);
+      quarter<1>(a, b, out);
+      quarter<2>(a, b, out);
+      quarter<3>(a, b, out);
+    }
+  };
+  static constexpr bool kLinear = kHalves && G::kGroup == 2;
+  using Walk = std::conditional_t<kLinear, LinearWalk, AnyWalk<PanelStep>>;
+  Walk walk(int64_t t, int64_t count) const {
+    if constexpr (kLinear) {
+      const int64_t here = min64(t, count - 1);
+      Walk walk = {.even = packed + 2 * here * row_bytes,
+                   .to = place_of(0, here),
+                   .at = flat + 2 * here * k,
+                   .left_of_block = 16 - here % 16,
+                   .row_bytes = row_bytes,
+                   .k = k,
+                   .ahead = ahead,
+                   .pair_bytes = 2 * blocks * kTileBytes,
+                   .left = count - t,
+                   .ready = {},
+                   .scales = scales,
+                   .map = map,
+                   .shift = shift};
+      walk.load();
+      return walk;
+    } else {
+      return {*this, t};
+    }
   }
 };
 
@@ -304,7 +449,7 @@ struct Fill : Gemm<L> {
   // The same by steps, one an item; every run must lie inside W.
   template <Alignment kAlign>
   static PanelStep<L, kAlign> panel_step(const Nf4Weight& w, const float* map, int64_t row0, int64_t blocks,
-                                         int64_t k0, uint8_t* panels) {
+                                         int64_t k0, uint8_t* panels, int64_t ahead) {
     const int64_t row_bytes = ceil_div(w.k, 2);
     return {.packed = w.packed + row0 * row_bytes + k0 / 2,
             .scales = w.scales,
@@ -314,6 +459,7 @@ struct Fill : Gemm<L> {
             .k = w.k,
             .blocks = blocks,
             .flat = row0 * w.k + k0,
+            .ahead = ahead,
             .shift = __builtin_ctzll(static_cast<uint64_t>(w.blocksize))};
   }
 };

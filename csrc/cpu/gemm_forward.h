@@ -22,6 +22,7 @@ struct Forward {
   const float* addend = nullptr;  // (m, n)
   Beside beside = {};             // where rows of x and out lie, and what comes on top
   int64_t x_ld = 0, out_ld = 0;   // where they differ from k and n
+  DenseRows down = {};  // (r, k): if given, u is not read but computed from the same packed x, and written
   Plan plan = {};
   int64_t strips = 0;
   bool out_of_memory = false;
@@ -37,7 +38,9 @@ struct Forward {
     uint8_t* rank_strip;
     float* c;
     float* absmax;  // of one strip and chunk
-    int64_t packed_row, packed_chunk;
+    float* c_u;     // uᵀ of a row block, where it is computed here, and
+    uint8_t* u;     // its rows
+    int64_t packed_row, packed_chunk, projected_row;
     int64_t absmax_strip, absmax_chunk;
   };
 
@@ -110,7 +113,15 @@ struct Forward {
   template <class Filler>
   static void multiply(const uint8_t* strip, int64_t rows, const uint8_t* base, int64_t panels, int64_t all_blocks,
                        int64_t block0, int64_t blocks, float* c, int64_t ldc, Visit visit, Filler& filler) {
-    for (int64_t p = 0, width; p < panels; p += width) {
+    int64_t p = 0;
+    if constexpr (requires { &L::template visits<false, Filler>; }) {
+      if (rows > 16 && panels >= 2) {
+        p = panels / 2 * 2;
+        L::template visits<false>(strip, base + block0 * 2 * kTileBytes, all_blocks * 2 * kTileBytes, p / 2, blocks, c,
+                                  2 * kPanel, ldc, visit, filler);
+      }
+    }
+    for (int64_t width; p < panels; p += width) {
       width = G::group_width(p, panels);
       L::multiply(strip, base + p * all_blocks * kTileBytes + block0 * width * kTileBytes, width, blocks,
                   c + p * kPanel, ldc, rows, visit, filler);
@@ -146,7 +157,8 @@ struct Forward {
 
   void pack(const Place& at, Scratch& scratch) const {
     const int64_t row0 = row_of(at), rows = min64(plan.row_block, m - row0);
-    if (row0 != scratch.packed_row && plan.rank_blocks > 0 && plan.rank_chunk == plan.rank_blocks) {
+    if (row0 != scratch.packed_row && down.data == nullptr && plan.rank_blocks > 0 &&
+        plan.rank_chunk == plan.rank_blocks) {
       Pack<L>::pack_panels(u, dtype, ext.k, row0, rows, 0, ext.k, plan.rank_blocks, false, scratch.packed_u);
     }
     if (row0 != scratch.packed_row || at.chunk != scratch.packed_chunk) {
@@ -154,6 +166,39 @@ struct Forward {
                            k, chunk_of(at), true, scratch.packed, beside.from);
       scratch.packed_row = row0;
       scratch.packed_chunk = at.chunk;
+      if (down.data != nullptr && scratch.projected_row != row0) project(at, scratch);
+    }
+  }
+
+  // This chunk's part of u = x·downᵀ of the row block. Every thread that has a part of the block computes all of its
+  // u, for that is quicker than to wait for another; one of them writes it.
+  void project(const Place& at, Scratch& scratch) const {
+    const int64_t row0 = row_of(at), rows = min64(plan.row_block, m - row0), panels = ceil_div(rows, kPanel);
+    const bool last = at.chunk + 1 == plan.chunks;
+    NoFiller none;
+    for (int64_t q = 0; q < down.n; q += G::kStripRows) {
+      const int64_t count = min64(G::kStripRows, down.n - q);
+      float* c = scratch.c_u + q * plan.row_block;
+      for (int64_t b = 0; b < chunk_of(at); b += L::kStripBlocks) {
+        const int64_t now = min64(L::kStripBlocks, chunk_of(at) - b);
+        Pack<L>::strip_of(down, q, count, (at.chunk * plan.chunk_blocks + b) * G::kPerVector, now, true,
+                          scratch.rank_strip);
+        const Visit visit{.from = at.chunk == 0 && b == 0 ? FromC::kZero : FromC::kLoad, .store = true};
+        multiply(scratch.rank_strip, count, scratch.packed, panels, chunk_of(at), b, now, c, plan.row_block, visit,
+                 none);
+      }
+      if (last) {
+        transpose_rows(c, rows, [&](int64_t row, float* values) {
+          L::store_row(values, count, dtype, element_ptr(scratch.u, row * down.n + q, dtype));
+        });
+      }
+    }
+    if (!last) return;
+    scratch.projected_row = row0;
+    Pack<L>::pack_panels(scratch.u, dtype, down.n, 0, rows, 0, down.n, plan.rank_blocks, false, scratch.packed_u);
+    if (at.unit % strips == 0) {
+      std::memcpy(const_cast<void*>(element_ptr(u, row0 * down.n, dtype)), scratch.u,
+                  static_cast<size_t>(rows * down.n * dtype_bytes(dtype)));
     }
   }
 
@@ -177,46 +222,57 @@ struct Forward {
     }
   }
 
+  // Gives take(row, values) one strip's columns of every row of the result, from C.
+  template <class Take>
+  void transpose_rows(const float* c, int64_t rows, Take&& take) const {
+    alignas(64) float block[kPanel][G::kStripRows];
+    for (int64_t p = 0; p * kPanel < rows; ++p) {
+      L::transpose_strip(c + p * kPanel, plan.row_block, block);
+      for (int64_t j = 0; j < min64(kPanel, rows - p * kPanel); ++j) take(p * kPanel + j, block[j]);
+    }
+  }
+
   void store(const Place& at, const float* c, typename Beside::State& state) const {
     const int64_t row0 = row_of(at), rows = min64(plan.row_block, m - row0);
     const int64_t n0 = strip_of(at) * G::kStripRows, count = strip_rows(at);
-    alignas(64) float block[kPanel][G::kStripRows];
     float offset[G::kStripRows] = {};
     if (bias != nullptr) {
       for (int64_t i = 0; i < count; ++i) offset[i] = load_as_float(bias, n0 + i, dtype);
     }
-    for (int64_t p = 0; p * kPanel < rows; ++p) {
-      L::transpose_strip(c + p * kPanel, plan.row_block, block);
-      for (int64_t j = 0; j < min64(kPanel, rows - p * kPanel); ++j) {
-        if (bias != nullptr) {
-          for (int64_t i = 0; i < G::kStripRows; ++i) block[j][i] += offset[i];
-        }
-        const int64_t position = row0 + p * kPanel + j,
-                      at_out = beside.to(position) * (out_ld > 0 ? out_ld : n) + n0;
-        if constexpr (Beside::kAdds) beside.add_row(state, position - row0, n0, count, block[j]);
-        if (addend != nullptr) {
-          for (int64_t i = 0; i < count; ++i) block[j][i] += addend[at_out + i];
-        }
-        L::store_row(block[j], count, dtype, element_ptr(out, at_out, dtype));
+    const int64_t ld = out_ld > 0 ? out_ld : n;
+    transpose_rows(c, rows, [&](int64_t row, float* values) {
+      const int64_t at_out = beside.to(row0 + row) * ld + n0;
+      if (bias != nullptr) {
+        for (int64_t i = 0; i < G::kStripRows; ++i) values[i] += offset[i];
       }
-    }
+      if constexpr (Beside::kAdds) beside.add_row(state, row, n0, count, values);
+      if (addend != nullptr) {
+        for (int64_t i = 0; i < count; ++i) values[i] += addend[at_out + i];
+      }
+      L::store_row(values, count, dtype, element_ptr(out, at_out, dtype));
+    });
   }
 
   bool take_scratch(Scratch& scratch) const {
     const int64_t packed = plan.row_block * plan.chunk_blocks * 64, rank = plan.row_block * plan.rank_chunk * 64;
     const int64_t strip = L::kStripBlocks * G::kStripBlockBytes, all_c = plan.units_per_c * c_floats() * 4;
     const int64_t absmax = round_up(G::kStripRows * absmax_stride() * 4, 64);
-    auto* base =
-        static_cast<uint8_t*>(thread_scratch(static_cast<size_t>(packed + rank + 3 * strip + all_c + absmax)));
+    const int64_t c_u = round_up(down.n, G::kStripRows) * plan.row_block * 4, rows_u = plan.row_block * down.n * 4;
+    auto* base = static_cast<uint8_t*>(
+        thread_scratch(static_cast<size_t>(packed + rank + 3 * strip + all_c + absmax + c_u + rows_u)));
     if (base == nullptr) return false;
+    uint8_t* after = base + 3 * strip + packed + rank;
     scratch = {.packed = base + 3 * strip,
                .packed_u = base + 3 * strip + packed,
                .strips = {base, base + strip},
                .rank_strip = base + 2 * strip,
-               .c = reinterpret_cast<float*>(base + 3 * strip + packed + rank),
-               .absmax = reinterpret_cast<float*>(base + 3 * strip + packed + rank + all_c),
+               .c = reinterpret_cast<float*>(after),
+               .absmax = reinterpret_cast<float*>(after + all_c),
+               .c_u = reinterpret_cast<float*>(after + all_c + absmax),
+               .u = after + all_c + absmax + c_u,
                .packed_row = -1,
                .packed_chunk = -1,
+               .projected_row = -1,
                .absmax_strip = -1,
                .absmax_chunk = -1};
     return true;

@@ -1,6 +1,7 @@
 // Packing of what is dense: activations, and lora_a or lora_b in the place of W.
 #pragma once
 
+#include "gemm_fill.h"
 #include "gemm_rows.h"
 
 namespace fastlora::cpu {
@@ -70,6 +71,14 @@ struct Pack : Gemm<L> {
           for (T& value : piece[e]) value = L::from_float(0.0f);
         }
       }
+      if constexpr (requires { L::interleave(piece[0], piece[1], permuted, panels, piece[0]); }) {
+        alignas(64) T items[kRunPanels][32];
+        L::interleave(piece[0], piece[1], permuted, panels, items[0]);
+        for (int64_t p = 0; p < panels; ++p) {
+          std::memcpy(out + places[p].offset + t / 16 * places[p].block_stride + t % 16 * 64, items[p], 64);
+        }
+        continue;
+      }
       for (int64_t p = 0; p < panels; ++p) {
         T* item = reinterpret_cast<T*>(out + places[p].offset + t / 16 * places[p].block_stride + t % 16 * 64);
         for (int64_t q = 0; q < kPanel; ++q) {
@@ -81,6 +90,11 @@ struct Pack : Gemm<L> {
   }
 
   // ---- activations
+
+  // Many rows are read at a time, too many for a hardware prefetcher: some lines further on along one of them.
+  static void ask_ahead(const void* from, int64_t line = 0) {
+    __builtin_prefetch(far(static_cast<const uint8_t*>(from), line + 512));
+  }
 
   // Rows [row0, row0 + rows) of x, columns [k0, k0 + blocks * kPerVector), as B panels; zeros past rows and k.
   template <class Rows = NaturalRows>
@@ -97,7 +111,11 @@ struct Pack : Gemm<L> {
         for (int64_t j = 0; j < kPanel; ++j) {
           const int64_t row = p * kPanel + j < rows ? row_of(row0 + p * kPanel + j) : -1;
           const int64_t count = row >= 0 ? have : 0;
-          if (count > 0) L::load_row(element_ptr(x, row * ld + first, dtype), dtype, count, piece[j]);
+          if (count > 0) {
+            const void* from = element_ptr(x, row * ld + first, dtype);
+            for (int64_t line = 0; line < count * dtype_bytes(dtype); line += 64) ask_ahead(from, line);
+            L::load_row(from, dtype, count, piece[j]);
+          }
           for (int64_t c = count; c < want; ++c) piece[j][c] = L::from_float(0.0f);
         }
         uint8_t* tile = out + place.offset + b * place.block_stride;
@@ -119,15 +137,21 @@ struct Pack : Gemm<L> {
   template <class Rows = NaturalRows>
   static void pack_strips(const void* dy, DType dtype, int64_t ld, int64_t row0, int64_t rows, int64_t n0,
                           int64_t n, int64_t blocks, uint8_t* out, const Rows& row_of = {}) {
-    for (int64_t i = 0; i < rows; ++i) {
-      uint8_t* strip = out + i / kStripRows * blocks * kStripBlockBytes + i % kStripRows * 64;
-      const int64_t row = row_of(row0 + i);
-      for (int64_t b = 0; b < blocks; ++b) {
-        T* to = reinterpret_cast<T*>(strip + b * kStripBlockBytes);
+    for (int64_t strip = 0; strip < rows; strip += kStripRows) {
+      uint8_t* to_strip = out + strip * blocks * 64;
+      for (int64_t b = 0; b < blocks; ++b) {  // blocks outside: what is written lies together
         const int64_t first = n0 + b * kPerVector;
-        const int64_t count = row >= 0 ? max64(0, min64(kPerVector, n - first)) : 0;
-        if (count > 0) L::load_row(element_ptr(dy, row * ld + first, dtype), dtype, count, to);
-        for (int64_t c = count; c < kPerVector; ++c) to[c] = L::from_float(0.0f);
+        for (int64_t i = 0; i < min64(kStripRows, rows - strip); ++i) {
+          T* to = reinterpret_cast<T*>(to_strip + b * kStripBlockBytes + i * 64);
+          const int64_t row = row_of(row0 + strip + i);
+          const int64_t count = row >= 0 ? max64(0, min64(kPerVector, n - first)) : 0;
+          if (count > 0) {
+            const void* from = element_ptr(dy, row * ld + first, dtype);
+            ask_ahead(from);
+            L::load_row(from, dtype, count, to);
+          }
+          for (int64_t c = count; c < kPerVector; ++c) to[c] = L::from_float(0.0f);
+        }
       }
     }
   }

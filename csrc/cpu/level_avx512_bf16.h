@@ -74,6 +74,26 @@ struct Bf16Level {
     }
   }
 
+  // Two rows as items of panels of 16 columns, in order or, permuted, in the order of two rows of W looked up.
+  static void interleave(const uint16_t* even, const uint16_t* odd, bool permuted, int64_t panels, uint16_t* items) {
+    if (!permuted) {
+      for (int64_t p = 0; p < panels; ++p) {
+        const auto low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + p * 16)));
+        const auto high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + p * 16)));
+        _mm512_store_si512(items + p * 32, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+      }
+      return;
+    }
+    alignas(64) uint8_t a[4][64], b[4][64];
+    permute_run(even, a[0], 64);
+    permute_run(odd, b[0], 64);
+    for (int c = 0; c < 4; ++c) {
+      const __m512i x = _mm512_load_si512(a[c]), y = _mm512_load_si512(b[c]);
+      _mm512_store_si512(items + 2 * c * 32, _mm512_unpacklo_epi16(x, y));
+      _mm512_store_si512(items + (2 * c + 1) * 32, _mm512_unpackhi_epi16(x, y));
+    }
+  }
+
   // An item is columns e and e + 4 of a group of eight (one 128-bit lane): bring the pairs together, then
   // transpose 16x16 dwords; dword d goes to vector (d % 4) ^ 1, item d / 4.
   static void pack_run(const uint16_t (*piece)[kRun], uint8_t* out, int64_t stride) {

@@ -15,6 +15,7 @@ struct BroadcastMultiply {
   using Vector = typename Op::Vector;
 
   static constexpr bool kResidentC = false;
+  static constexpr bool kProjects = false;
 
   template <int kRows, int kPanels, class Filler>
   static void micro(const uint8_t* strip, const uint8_t* panels, int64_t blocks, float* c, int64_t ldc,

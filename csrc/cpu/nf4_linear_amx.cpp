@@ -15,18 +15,21 @@ struct Amx : Bf16Level {
   static constexpr int64_t kGroup = 2;        // two B tiles side by side: 2 KiB a step
   static constexpr int64_t kStripBlocks = 8;  // 256 columns: a strip of 16 KiB
   static constexpr int64_t kPanelBlocks = 8;  // 256 rows of W: 16 KiB a group of panels
+  static constexpr int64_t kRunsTogether = 4;  // of the input gradient: 256 bytes of a row of W, one after the other
   static constexpr int64_t kForwardRows = 128;
   static constexpr int64_t kBackwardRows = 128;
   static constexpr int64_t kPackedBytes = 1 << 20;
   static constexpr bool kResidentC = true;
+  static constexpr bool kProjects = true;
 
   static void begin() { tile_begin(); }
   static void end() { tile_end(); }
 
   // kRowTiles x kPanels tiles of C: tiles 0..3 are C, 4 and 5 rows of the strip, 6 and 7 panels.
   template <int kRowTiles, int kPanels, class Filler>
-  static void micro(const uint8_t* strip, const uint8_t* panels, int64_t blocks, float* c, int64_t ldc,
+  [[gnu::noinline]] static void micro(const uint8_t* strip, const uint8_t* panels, int64_t blocks, float* c, int64_t ldc,
                     Visit visit, Filler& filler) {
+    auto fill = filler.local();
     float* c_low = c + 16 * ldc;
     if (visit.from == FromC::kLoad) {
       tile_load<0>(c, ldc * 4);
@@ -43,29 +46,102 @@ struct Amx : Bf16Level {
       tile_load<4>(strip, 64);
       tile_load<6>(panels, 64);
       tile_multiply<0, 4, 6>();
-      filler.point();
+      fill.point();
       if constexpr (kPanels == 2) {
         tile_load<7>(panels + kTileBytes, 64);
         tile_multiply<1, 4, 7>();
-        filler.point();
+        fill.point();
       }
       if constexpr (kRowTiles == 2) {
         tile_load<5>(strip + 1024, 64);
         tile_multiply<2, 5, 6>();
-        filler.point();
+        fill.point();
         if constexpr (kPanels == 2) {
           tile_multiply<3, 5, 7>();
-          filler.point();
+          fill.point();
         }
       }
       strip += kStripRows * 64;
       panels += kPanels * kTileBytes;
     }
+    filler.take(fill);
     if (!visit.store) return;
     tile_store<0>(c, ldc * 4);
     if constexpr (kPanels == 2) tile_store<1>(c + 16, ldc * 4);
     if constexpr (kRowTiles == 2) tile_store<2>(c_low, ldc * 4);
     if constexpr (kRowTiles == 2 && kPanels == 2) tile_store<3>(c_low + 16, ldc * 4);
+  }
+
+  // Visits of 2x2 tiles, one after the other: `count` groups of panels to one strip or, kStrips, strips to one group.
+  // What changes from visit to visit is streamed; what does not stays in L1. A tile of C leaves for memory, and the
+  // next visit's comes in its place, just before the first product that needs it: the other tiles' products go on.
+  template <bool kStrips, class Filler>
+  [[gnu::noinline]] static void visits(const uint8_t* strip, const uint8_t* panels, int64_t step, int64_t count, int64_t blocks,
+                     float* c, int64_t c_step, int64_t ldc, Visit visit, Filler& filler) {
+    tile_fence();
+    auto fill = filler.local();
+    float* before = nullptr;
+    for (int64_t v = 0; v < count; ++v, c += c_step) {
+      const uint8_t* a = strip + (kStrips ? v * step : 0);
+      const uint8_t* b = panels + (kStrips ? 0 : v * step);
+      const auto change = [&]<int kTile>() {
+        const int64_t at = kTile / 2 * 16 * ldc + kTile % 2 * 16;
+        if (before != nullptr) tile_store<kTile>(before + at, ldc * 4);
+        if (visit.from == FromC::kLoad) {
+          tile_load<kTile>(c + at, ldc * 4);
+        } else if (visit.from == FromC::kZero) {
+          tile_zero<kTile>();
+        }
+      };
+      const auto load = [&] {
+        if constexpr (kStrips) {
+          tile_stream<4>(a, 64);
+          tile_stream<5>(a + 1024, 64);
+          tile_load<6>(b, 64);
+          tile_load<7>(b + kTileBytes, 64);
+        } else {
+          tile_stream<6>(b, 64);
+          tile_stream<7>(b + kTileBytes, 64);
+          tile_load<4>(a, 64);
+          tile_load<5>(a + 1024, 64);
+        }
+        a += kStripRows * 64;
+        b += 2 * kTileBytes;
+      };
+      load();
+      change.template operator()<0>();
+      tile_multiply<0, 4, 6>();
+      fill.point();
+      change.template operator()<1>();
+      tile_multiply<1, 4, 7>();
+      fill.point();
+      change.template operator()<2>();
+      tile_multiply<2, 5, 6>();
+      fill.point();
+      change.template operator()<3>();
+      tile_multiply<3, 5, 7>();
+      fill.point();
+      for (int64_t i = 1; i < blocks; ++i) {
+        load();
+        tile_multiply<0, 4, 6>();
+        fill.point();
+        tile_multiply<1, 4, 7>();
+        fill.point();
+        tile_multiply<2, 5, 6>();
+        fill.point();
+        tile_multiply<3, 5, 7>();
+        fill.point();
+      }
+      if (visit.store) before = c;
+    }
+    if (visit.store) {
+      tile_store<0>(before, ldc * 4);
+      tile_store<1>(before + 16, ldc * 4);
+      tile_store<2>(before + 16 * ldc, ldc * 4);
+      tile_store<3>(before + 16 * ldc + 16, ldc * 4);
+    }
+    filler.take(fill);
+    tile_fence();
   }
 
   // How often multiply calls filler.point() over all groups of so many panels: once a product of tiles.

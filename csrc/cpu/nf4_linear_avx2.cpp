@@ -22,7 +22,7 @@ struct Avx2Float {
   static constexpr int64_t kBackwardRows = 120;
   static constexpr int64_t kPackedBytes = 512 << 10;
   static constexpr int64_t kAccumulatorBytes = 256 << 10;
-  static constexpr bool kOverlap = false, kResidentC = false;
+  static constexpr bool kOverlap = false, kResidentC = false, kProjects = false;
 
   // Nibble c of dword i is column 8i + (c ^ 1): the even column is in the high nibble.
   static constexpr int64_t order(int64_t p) { return 8 * (p % 8) + ((p / 8) ^ 1); }
