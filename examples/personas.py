@@ -2,7 +2,8 @@
 
     python examples/personas.py            # about two minutes on two cores
     python examples/personas.py --quick    # the same in seconds, on a model too small to be any good
- A byte-level transformer is first trained on the standard library's Python source. Its linear layers become
+
+A byte-level transformer is first trained on the standard library's Python source. Its linear layers become
 NF4, and get three adapters of unlike ranks: one is to speak English, one the names of Unicode, one calendars.
 Every training batch holds windows of all three texts, each row with its own adapter; each adapter has its own
 loss, its own group in the optimiser, its own learning rate. At the end one batch asks all of them, and the

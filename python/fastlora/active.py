@@ -1,6 +1,7 @@
 """Which batch a layer's call belongs to: the routings in force, by thread, and those of passes that are
 replayed.
- A thread's ``with fastlora.adapters(...)`` holds for that thread's calls. Activation checkpointing calls
+
+A thread's ``with fastlora.adapters(...)`` holds for that thread's calls. Activation checkpointing calls
 layers once more during backward, when the block may have been left; such a call takes the routing under which
 the node of autograd that asks for it was made. Nodes carry the number at which their thread made them, so a
 block is remembered by the span of numbers that it saw.
