@@ -54,6 +54,7 @@ class Plan:
     config: Config
     text: int | None  # characters kept of each domain; None: all
     pretrain_steps: int
+    pretrain_rows: int
     pretrain_rate: float
     steps: int
     rate: float
@@ -66,6 +67,7 @@ FULL = Plan(
     config=Config(),
     text=None,
     pretrain_steps=500,
+    pretrain_rows=4,
     pretrain_rate=2e-3,
     steps=160,
     rate=3e-3,
@@ -77,6 +79,7 @@ QUICK = Plan(
     config=Config(width=64, layers=2, heads=2, hidden=192, context=64),
     text=300_000,
     pretrain_steps=60,
+    pretrain_rows=8,
     pretrain_rate=4e-3,
     steps=60,
     rate=1e-2,
@@ -174,7 +177,8 @@ def wear(model: nn.Module, name: str | None) -> None:
 
 def pretrain(subject: Subject, tokens: tuple[Tensor, Tensor], plan: Plan, seed: int) -> None:
     train(
-        subject, *tokens, label="pre-training: Python source", steps=plan.pretrain_steps, rows=8,
+        subject, *tokens, label="pre-training: Python source", steps=plan.pretrain_steps,
+        rows=plan.pretrain_rows,
         lr=plan.pretrain_rate, weight_decay=0.05, eval_windows=plan.eval_windows, seed=seed,
     )  # fmt: skip
 
