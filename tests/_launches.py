@@ -58,9 +58,7 @@ def _call_format(device: cuda.Device, dtype: torch.dtype) -> None:
         out, weight = torch.zeros(4, wanted, dtype=dtype), blank_weight(4, cols)
         window = (4, cols, 64, 0, 4, 0, wanted)
         device.call("nf4_dequantize", cuda.parts(weight), (out,), DTYPE_CODE[dtype], *window)
-        cuda_dense._fill_slab(
-            device, weight, cols, (0, 4), (0, wanted), out, None, None, 1.0, below=False
-        )
+        cuda_dense._fill_slab(device, weight, cols, (0, 4), (0, wanted), out, None, None, 1.0, below=False)
 
 
 def _call_dropout(device: cuda.Device, dtype: torch.dtype) -> None:

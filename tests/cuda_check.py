@@ -26,7 +26,7 @@ from pathlib import Path
 
 import _cuda_tables as tables
 from _launches import Launch, launches_on
-from _occupancy import PROCESSORS, blocks_per_processor
+from _occupancy import blocks_per_processor
 from _sass import Code, Usage, read_code, read_enums, read_usage, readable
 from tqdm import tqdm
 
@@ -134,6 +134,7 @@ class Kernel:
             for it in self.launches
             if not self.blocks(it)
         ]
+
 
 def find(name: str) -> str | None:
     """A program of the CUDA toolkit: on PATH, in CUDA_HOME, or in the wheels of this Python."""
@@ -250,9 +251,7 @@ def main() -> None:
         return
     kernels, faults = inspect(options.archs)
     for it in kernels:
-        faults += [
-            f"{it.file} {it.name} sm_{it.arch}: {fault}" for fault in (*it.faults(), *it.misfits())
-        ]
+        faults += [f"{it.file} {it.name} sm_{it.arch}: {fault}" for fault in (*it.faults(), *it.misfits())]
     faults += never_launched(kernels)
     rows = [it.row() for it in kernels]
     if not options.write:
