@@ -2,7 +2,8 @@
 
     python examples/personas.py            # about two minutes on two cores
     python examples/personas.py --quick    # the same in seconds, on a model too small to be any good
- A byte-level transformer is first trained on the standard library's Python source. Its linear layers become
+
+A byte-level transformer is first trained on the standard library's Python source. Its linear layers become
 NF4, and get three adapters of unlike ranks: one is to speak English, one the names of Unicode, one calendars.
 Every training batch holds windows of all three texts, each row with its own adapter; each adapter has its own
 loss, its own group in the optimiser, its own learning rate. At the end one batch asks all of them, and the
@@ -53,6 +54,7 @@ class Plan:
     config: Config
     text: int | None  # characters kept of each domain; None: all
     pretrain_steps: int
+    pretrain_rows: int
     pretrain_rate: float
     steps: int
     rate: float
@@ -65,6 +67,7 @@ FULL = Plan(
     config=Config(),
     text=None,
     pretrain_steps=500,
+    pretrain_rows=4,
     pretrain_rate=2e-3,
     steps=160,
     rate=3e-3,
@@ -76,6 +79,7 @@ QUICK = Plan(
     config=Config(width=64, layers=2, heads=2, hidden=192, context=64),
     text=300_000,
     pretrain_steps=60,
+    pretrain_rows=8,
     pretrain_rate=4e-3,
     steps=60,
     rate=1e-2,
@@ -173,7 +177,8 @@ def wear(model: nn.Module, name: str | None) -> None:
 
 def pretrain(subject: Subject, tokens: tuple[Tensor, Tensor], plan: Plan, seed: int) -> None:
     train(
-        subject, *tokens, label="pre-training: Python source", steps=plan.pretrain_steps, rows=8,
+        subject, *tokens, label="pre-training: Python source", steps=plan.pretrain_steps,
+        rows=plan.pretrain_rows,
         lr=plan.pretrain_rate, weight_decay=0.05, eval_windows=plan.eval_windows, seed=seed,
     )  # fmt: skip
 

@@ -466,14 +466,13 @@ def test_checkpoints_replay_the_routing_they_had(reentrant, dropout):
     twice = run(lambda x: model(model(x)))
     assert all(torch.equal(p, c) for p, c in zip(plain, again, strict=True))
     assert all(torch.equal(p, c) for p, c in zip(twice, inside, strict=True))
-    assert not active._REPLAYS.get(threading.get_ident())
+    assert not active._LOCAL.replays
 
 
 def test_blocks_are_not_remembered_without_end(monkeypatch):
     monkeypatch.setattr(active, "_MOST", 3)
     model, x = Model(), draw(1, K).requires_grad_()
-    own = active._HISTORY.setdefault(threading.get_ident(), active._History())
-    own.batches.clear()
+    own = active._LOCAL.history = active._History()
     losses = []
     for _ in range(5):
         with fastlora.adapters(model, ["a"]):
@@ -488,7 +487,8 @@ def test_blocks_are_not_remembered_without_end(monkeypatch):
         RuntimeError, match="expected to replay one of the last 3 blocks of adapters, got an older"
     ):
         losses[0].backward()
-    own.forgotten = 0
+    active._HISTORIES.remove(own)
+    active._LOCAL.history = active._History()
 
 
 @pytest.mark.parametrize("same", [True, False])

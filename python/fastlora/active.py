@@ -1,6 +1,7 @@
 """Which batch a layer's call belongs to: the routings in force, by thread, and those of passes that are
 replayed.
- A thread's ``with fastlora.adapters(...)`` holds for that thread's calls. Activation checkpointing calls
+
+A thread's ``with fastlora.adapters(...)`` holds for that thread's calls. Activation checkpointing calls
 layers once more during backward, when the block may have been left; such a call takes the routing under which
 the node of autograd that asks for it was made. Nodes carry the number at which their thread made them, so a
 block is remembered by the span of numbers that it saw.
@@ -34,12 +35,13 @@ class Place:
     def set(self, router: Router | None) -> Router | None:
         """Put a router in force for this thread; returns the one before."""
         thread = threading.get_ident()
-        before = self.routers.pop(thread, None)
-        if router is not None:
-            self.routers[thread] = router
-            self.routed = True
-        self.contended = len(self.routers) > 1
-        self.compiled = next(iter(self.routers.values())) if len(self.routers) == 1 else None
+        with _LOCK:
+            before = self.routers.pop(thread, None)
+            if router is not None:
+                self.routers[thread] = router
+                self.routed = True
+            self.contended = len(self.routers) > 1
+            self.compiled = next(iter(self.routers.values())) if len(self.routers) == 1 else None
         return before
 
     def current(self) -> Router | None:
@@ -72,8 +74,7 @@ class Batch:
         self._before: list[tuple[Place, Router | None]] = []
 
     def enter(self) -> None:
-        history = _HISTORY.setdefault(threading.get_ident(), _History())
-        history.batches.append(self)
+        _LOCAL.history.enter(self)
         for place, router in self.routers.items():
             self._before.append((place, place.set(router)))
 
@@ -81,7 +82,7 @@ class Batch:
         for place, router in reversed(self._before):
             place.set(router)
         self.last = _next_number()
-        _HISTORY[threading.get_ident()].left(self)
+        _LOCAL.history.leave(self)
 
     def covers(self, number: int, place: Place) -> bool:
         return self.first <= number < self.last and place in self.routers
@@ -96,9 +97,16 @@ class _History:
             0  # nodes of smaller numbers may have been made in a block that is not known any more
         )
 
-    def left(self, batch: Batch) -> None:
+    def enter(self, batch: Batch) -> None:
+        if not self.batches:
+            _HISTORIES.append(self)
+        self.batches.append(batch)
+
+    def leave(self, batch: Batch) -> None:
         if batch.last == batch.first:  # nothing that backward could come back to
             self.batches.remove(batch)
+            if not self.batches:
+                _HISTORIES.remove(self)
             return
         for router in set(batch.routers.values()):
             router.forget()
@@ -118,25 +126,29 @@ class _History:
         return found
 
 
-_HISTORY: dict[int, _History] = {}
-_REPLAYS: dict[
-    int, list[Batch]
-] = {}  # by thread: what is replayed now, whose nodes may be asked to replay again
+class _Local(threading.local):
+    """Of each thread."""
+
+    def __init__(self) -> None:
+        self.history = _History()
+        self.replays: list[Batch] = []  # what is replayed now, whose nodes may be asked to replay again
+
+
+_LOCAL = _Local()
+_HISTORIES: list[_History] = []  # of all threads, those with blocks
+_LOCK = threading.Lock()
 
 
 def _in_backward(place: Place) -> Router | None:
-    thread, task, node = threading.get_ident(), _task(), _node()
-    own = _HISTORY.get(thread)
-    inside = place.routers.get(thread)
-    if node is None or (
-        inside is not None and own and any(b.task == task for b in own.batches if place in b.routers)
-    ):
+    task, node, own = _task(), _node(), _LOCAL.history.batches
+    inside = place.routers.get(threading.get_ident())
+    if node is None or (inside and any(one.task == task for one in own if place in one.routers)):
         return inside  # a block that was entered within this backward pass, by a hook
     number = node._sequence_nr()
     # A device's backward runs in a thread of its own, which has no blocks.
-    histories = [own] if own else list(_HISTORY.values())
+    histories = [_LOCAL.history] if own else list(_HISTORIES)
     found = [batch for history in histories if (batch := history.find(number, place)) is not None]
-    replays = _REPLAYS.setdefault(thread, [])
+    replays = _LOCAL.replays
     if not found:
         found = [one for one in reversed(replays) if one.covers(number, place)][:1]
     if not found:

@@ -83,12 +83,10 @@ def load_adapter(
 
     Args:
         name: by default the layers' own adapter, which each of them must find in the file. Any other: the
-        layers
-            that are in the file get an adapter of this name, with the file's rank and dropout, or where they
-            have one its values, in place. So several files may be loaded, each for layers of its own.
+            layers that are in the file get an adapter of this name, with the file's rank and dropout, or
+            where they have one its values, in place. So several files may be loaded, each for its own layers.
         dtype: of an adapter that is its layer's first; float32 by default, which holds any file's values.
-        Other
-            adapters take their layer's.
+            Other adapters take their layer's.
 
     Sets lora_A and lora_B (keeping the layers' dtypes and devices), and alpha and scaling as the file's
     config says. The dropout of an adapter that was there stays as it is.

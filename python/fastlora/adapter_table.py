@@ -1,6 +1,6 @@
-""":class:`AdapterTable`: the adapters of one layer as rows of two pools, each with a slot that rows of x
-name.
- Row ``first + i`` of pool ``a`` is row i of a slot's A, the same row of pool ``b`` is column i of its B;
+""":class:`AdapterTable`: the adapters of one layer as rows of two pools, in slots that rows of x name.
+
+Row ``first + i`` of pool ``a`` is row i of a slot's A, the same row of pool ``b`` is column i of its B;
 nothing is padded. What learns are Parameters over those very rows: an optimiser's step in place is what the
 kernels read. Swapping rewrites rows, an entry and a scale in place, so that a captured CUDA graph follows.
 """
@@ -46,13 +46,13 @@ class AdapterTable:
     """Adapters of one linear layer, of any ranks, in slots.
 
     Args:
-        in_features: k. out_features: n, or the parts of it that a packed layer (qkv, gate and up) gives
-        adapters of their own:
-            1 to 8 slices, which lie side by side in y.
-        capacity: slots. rank_rows: rows of each slice's pools, the sum of ranks that they hold; 16 a slot by
-        default. max_rank: the largest rank that u has columns for from the start. A new adapter of a larger
-        one makes u
-            wider, which a captured graph would not notice.
+        in_features: k.
+        out_features: n, or the parts of it that a packed layer (qkv, gate and up) gives adapters of their
+            own: 1 to 8 slices, which lie side by side in y.
+        capacity: slots.
+        rank_rows: rows of each slice's pools, the sum of ranks that they hold; 16 a slot by default.
+        max_rank: the largest rank that u has columns for from the start. A new adapter of a larger one makes
+            u wider, which a captured graph would not notice.
         dtype: of the pools: float32, bfloat16 or float16, whatever x's is.
         fixed: never allocate anew: what does not fit is an error. By default the table grows, which moves the
             pools (and the parameters with them); with `fixed`, max_rank is 64 unless given.

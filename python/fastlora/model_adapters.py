@@ -1,5 +1,4 @@
-""":func:`adapters`: a batch in which every row, or every prompt, has an adapter of its own, for a whole
-model."""
+""":func:`adapters`: a whole model's batch in which every row, or every prompt, has its own adapter."""
 
 from __future__ import annotations
 
@@ -22,13 +21,12 @@ class adapters:
     """Inside ``with fastlora.adapters(model, names):`` row i of a batch has the adapter ``names[i]``.
 
     Args:
-        model: any module with QLinear layers, or one of them. names: an adapter's name, or None for the base
-        alone, for each row of x (rows, k), or for each prompt of
-            x (prompts, tokens, k), whose tokens then all have it. So the same block serves a whole
+        model: any module with QLinear layers, or one of them.
+        names: an adapter's name, or None for the base alone, for each row of x (rows, k), or for each prompt
+            of x (prompts, tokens, k), whose tokens then all have it. So the same block serves a whole
             generation: the prompts, and then a token each. "default" is a layer's own adapter.
         batch_invariant: one kernel whatever the number of rows, so that a row's bits do not depend on who
-        shares
-            its batch.
+            shares its batch.
 
     A layer without one of the adapters, where others of the model have it, computes the base for its rows, as
     PEFT does with adapters that target different layers. Blocks may be nested, the inner one holds; what was

@@ -3,7 +3,8 @@
     y  = x·Wᵀ + s·u·Bᵀ + bias      u = x·Aᵀ          of each row's own adapter
     dx = dy·W + v·A                v = s·dy·B
     dA = vᵀ·x,  dB = s·dyᵀ·u       over the rows of each slot; zero for an adapter without rows
- The kernels read the pools of an AdapterTable, and what learns are Parameters over rows of them. So the
+
+The kernels read the pools of an AdapterTable, and what learns are Parameters over rows of them. So the
 Parameters are arguments of the autograd.Function although it computes with the pools: their gradients are
 rows of the pools' gradients, views and no copies. Otherwise as in autograd.py.
 """
@@ -50,10 +51,10 @@ def segmented_lora(
     """Add each row's low-rank term, y[i] += scaling[s]·(x[i]·A[s]ᵀ)·B[s]ᵀ with s = slots[i], and return y.
 
     Args:
-        x: ``(..., k)``, float32, bfloat16 or float16. table: the adapters; their dtype may differ from x's.
+        x: ``(..., k)``, float32, bfloat16 or float16.
+        table: the adapters; their dtype may differ from x's.
         slots: a slot a row, -1 for none, int32 or int64; or a :class:`Routing` from :func:`route`, which
-        several
-            calls share.
+            several calls share.
         y: ``(..., n)`` in x's dtype, contiguous; written in place. Rows without an adapter keep their bits.
 
     Differentiable once, in x, y and the table's parameters. Raises ValueError for shapes and slots, TypeError
@@ -77,8 +78,7 @@ def nf4_multi_lora_linear(
     *,
     batch_invariant: bool = False,
 ) -> Tensor:
-    """y = x·Wᵀ + bias, W packed in NF4, and each row's low-rank term: :func:`segmented_lora` and the base in
-    one.
+    """y = x·Wᵀ + bias, W packed in NF4, and each row's low-rank term as in :func:`segmented_lora`, fused.
 
     x, bias and weight are as in :func:`nf4_linear`, table and slots as in :func:`segmented_lora`. Under
     autocast x is cast first. batch_invariant: a row's bits do not depend on the rows that share its batch.

@@ -1,5 +1,6 @@
 """Adapters by name on one layer: what of QLinear is about having several.
- A layer with named adapters keeps all of them, its own too, in an AdapterTable. The own one, "default", stays
+
+A layer with named adapters keeps all of them, its own too, in an AdapterTable. The own one, "default", stays
 the layer's lora_A and lora_B; another is ``layer.adapters[name]``, a module with parameters of these names.
 All are views of the table's pools, which is kept so by whatever torch does to a module's parameters.
 """
@@ -27,8 +28,7 @@ DEFAULT = "default"
 
 
 class Adapter(nn.Module):
-    """A named adapter of a layer. Parameters: ``lora_A`` ``(r, k)``, ``lora_B`` ``(n, r)``, rows of its
-    table.
+    """A named adapter of a layer. Parameters ``lora_A`` ``(r, k)``, ``lora_B`` ``(n, r)``: rows of its table.
 
     dropout and, by :meth:`set_alpha`, the scaling may be changed at any time outside a block of
     :func:`fastlora.adapters`.
@@ -199,7 +199,7 @@ class NamedAdapters(nn.Module):
 
     @property
     def adapter_names(self) -> tuple[str, ...]:
-        """ "default", if the layer has an adapter of its own, and the added ones."""
+        """Those there are: "default", if the layer has one of its own, and the added ones."""
         own = (DEFAULT,) if self._parameters.get("lora_A") is not None else ()
         return (*own, *self.adapters) if "adapters" in self._modules else own
 
@@ -299,6 +299,10 @@ class NamedAdapters(nn.Module):
     def _dropouts(self, table: AdapterTable) -> Dropout:
         """Each adapter's, where it is one of this training pass."""
         if not self.training:
+            return NO_DROPOUT
+        added = self._modules.get("adapters")
+        modules: Iterable[Any] = () if added is None else added._modules.values()
+        if not self.dropout and not any(one.dropout for one in modules):
             return NO_DROPOUT
         by_name: dict[str, float] = {name: self.holder(name).dropout for name in table.names}
         mine = [by_name[name] for name in table.names]

@@ -1,5 +1,6 @@
 """Fused optimisers over parameters whose strides have changed.
- Torch's fused steps on a CPU walk a parameter, its gradient and its state as they lie in memory, and do not
+
+Torch's fused steps on a CPU walk a parameter, its gradient and its state as they lie in memory, and do not
 ask whether all lie alike. A lora_B changes from rows to columns when its layer gets a second adapter, and
 optimiser states are read from files that were written before. So what belongs to such a parameter is laid out
 like it before a fused step. Other steps go by strides.
