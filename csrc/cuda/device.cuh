@@ -196,6 +196,15 @@ FASTLORA_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector)
 #endif
 }
 
+// How many of the bits are set.
+FASTLORA_DEVICE int count_bits(uint32_t bits) {
+#ifdef __CUDACC__
+  return __popc(bits);
+#else
+  return __builtin_popcount(bits);
+#endif
+}
+
 // ---- float32 and float64, one rounding a step (nothing contracts, whatever the flags) ----------------------
 
 #ifdef __CUDACC__
