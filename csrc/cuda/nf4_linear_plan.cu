@@ -21,10 +21,10 @@ struct Crossovers {
   int fused;
   int ragged;  // the same where scale blocks straddle rows of W
 };
-constexpr Crossovers kForward[] = {
-    {80, 8, 1024, 64}, {86, 8, 1536, 64}, {90, 8, 1536, 64}, {100, 8, 128, 64}, {120, 8, 1536, 64}};
-constexpr Crossovers kGradInput[] = {
-    {80, 0, 1024, 64}, {86, 0, 1536, 64}, {90, 0, 768, 64}, {100, 0, 128, 64}, {120, 0, 1536, 64}};
+constexpr Crossovers kForward[] = {{80, 8, 1024, 64}, {86, 8, 1536, 64}, {90, 8, 1536, 64}, {100, 8, 128, 64},
+                                   {120, 8, 1536, 64}};
+constexpr Crossovers kGradInput[] = {{80, 0, 1024, 64}, {86, 0, 1536, 64}, {90, 0, 768, 64}, {100, 0, 128, 64},
+                                     {120, 0, 1536, 64}};
 
 template <size_t kCount>
 const Crossovers& row_of(const Crossovers (&table)[kCount], int capability) {
