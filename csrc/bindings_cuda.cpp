@@ -1,6 +1,8 @@
 // The CUDA entry points as Python functions.
 #include "bindings.h"
 
+#include <type_traits>
+
 #include "fastlora/cuda.h"
 
 namespace py = pybind11;
@@ -271,6 +273,54 @@ auto bind_segmented_lora_grad_pools(const py::args& all) {
   return static_cast<int64_t>(kRun(args));
 }
 
+// `grad`: no bias among the addresses.
+template <class Args>
+Args read_multi_lora(const py::args& all, bool grad) {
+  Arguments from(all);
+  Args args{};
+  const void* x = from.at<const void>();
+  auto* packed = from.at<const uint8_t>();
+  auto* scales = from.at<const uint8_t>();
+  auto* nested = from.at<const uint8_t>();
+  args.map = from.at<const float>();
+  const void* bias = grad ? nullptr : from.at<const void>();
+  read_pools(from, args.call.table);
+  read_routing(from, args.call.table, args.call.routing);
+  void* out = from.at<void>();
+  void* inner = from.at<void>();
+  args.scratch = from.at<void>();
+  read_sizes(from, args.call.table, args.call.routing);
+  args.call.m = args.call.routing.m;
+  const int64_t k = from.next(), n = from.next(), blocksize = from.next();
+  args.call.weight = {
+      .packed = packed, .scales = {.codes = scales, .nested = nested}, .n = n, .k = k, .blocksize = blocksize};
+  args.call.dtype = from.dtype();
+  args.call.batch_invariant = from.next<bool>();
+  args.route = static_cast<CudaRoute>(from.next<int32_t>());
+  args.stream = from.at<void>();
+  if constexpr (std::is_same_v<Args, Nf4MultiLoraLinearCudaArgs>) {
+    args.call.x = x;
+    args.call.bias = bias;
+    args.call.y = out;
+    args.call.u = inner;
+  } else {
+    args.call.dy = x;
+    args.call.dx = out;
+    args.call.v = inner;
+  }
+  return args;
+}
+
+template <auto kRun>
+auto bind_nf4_multi_lora_linear(const py::args& all) {
+  return static_cast<int64_t>(kRun(read_multi_lora<Nf4MultiLoraLinearCudaArgs>(all, false)));
+}
+
+template <auto kRun>
+auto bind_nf4_multi_lora_grad_input(const py::args& all) {
+  return static_cast<int64_t>(kRun(read_multi_lora<Nf4MultiLoraGradInputCudaArgs>(all, true)));
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -295,6 +345,11 @@ void bind_cuda(py::module_& m) {
   m.def("segmented_lora_grad_pools_scratch",
         &bind_segmented_lora_grad_pools<segmented_lora_grad_pools_cuda_scratch>);
   m.def("segmented_lora_grad_pools", &bind_segmented_lora_grad_pools<segmented_lora_grad_pools_cuda>);
+  m.def("nf4_multi_lora_linear_scratch", &bind_nf4_multi_lora_linear<nf4_multi_lora_linear_cuda_scratch>);
+  m.def("nf4_multi_lora_linear", &bind_nf4_multi_lora_linear<nf4_multi_lora_linear_cuda>);
+  m.def("nf4_multi_lora_grad_input_scratch",
+        &bind_nf4_multi_lora_grad_input<nf4_multi_lora_grad_input_cuda_scratch>);
+  m.def("nf4_multi_lora_grad_input", &bind_nf4_multi_lora_grad_input<nf4_multi_lora_grad_input_cuda>);
   m.def("wide_rank_at", &wide_rank_at);
   m.def("wide_size", &wide_size);
   m.def("device_count", &cuda_device_count);

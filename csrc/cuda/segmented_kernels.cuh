@@ -1,8 +1,9 @@
 // The kernels of many adapters in one batch by name, and what they take. segmented_lora.cu launches them.
 #pragma once
 
+#include "fastlora/cuda.h"
 #include "kernels.cuh"
-#include "segmented.cuh"
+#include "nf4_routed.cuh"
 
 namespace fastlora::cuda {
 
@@ -126,5 +127,27 @@ Status launch_segmented_zero(const GradientArgs& args, void* stream);
 // Then what the segments give; then the sums of their parts.
 Status launch_segmented_gradients(const GradientArgs& args, DType dtype, void* stream);
 Status launch_segmented_sum(const GradientArgs& args, void* stream);
+
+// As launch_nf4_linear_decode, launch_nf4_linear_tile (columns 2, 4 or 8; with `weights`, or blocks of 32 weights,
+// 2 or 8) and launch_nf4_linear_grad_input_tile (columns 2 or 8) with an adapter for every row; after the shrink,
+// or the sum of its parts, which they overlap.
+Status launch_nf4_multi_decode(const RoutedArgs& args, DType dtype, int rows, void* stream);
+Status launch_nf4_multi_tile(const RoutedArgs& args, DType dtype, int columns, bool ragged, bool weights,
+                             void* stream);
+Status launch_nf4_multi_grad_input_tile(const RoutedArgs& args, DType dtype, int columns, bool ragged,
+                                        void* stream);
+
+// ---- what the entry points share ------------------------------------------------------------------------------
+
+// Sizes that no kernel takes.
+bool bad_table(const AdapterTable& table, const Routing& routing, int64_t m, int64_t k, int64_t n);
+Segments segments_of(const Routing& routing);
+// The b pools, whose slices are columns of y and dy; or the a pools, of all of x and dx.
+Slices slices_of(const AdapterTable& table, int64_t k, bool b, bool scaled);
+// u, or v with `grad`: the shrink, and the sum of its parts where there are some.
+int64_t inner_scratch(const SegmentedLoraCudaArgs& args, bool grad);
+Status launch_inner(const SegmentedLoraCudaArgs& args, bool grad);
+// u of every slice begins at a whole pair.
+bool whole_pairs(const void* u, const Slices& slices);
 
 }  // namespace fastlora::cuda

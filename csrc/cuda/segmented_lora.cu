@@ -8,55 +8,10 @@ namespace {
 constexpr int64_t kMost = int64_t{1} << 30;
 constexpr int64_t kMostPartBytes = int64_t{64} << 20;
 
-bool bad(const AdapterTable& table, const Routing& routing, int64_t m, int64_t k, int64_t n) {
-  if (m < 0 || m > kMost || k < 0 || k > kMost || n < 0 || n > kMost || routing.m != m) return true;
-  if (table.slices < 1 || table.slices > kMaxSlices || table.capacity < 0 || table.capacity > kMost) return true;
-  if (routing.segment_rows < 1 || routing.segment_rows > kMost) return true;
-  int64_t columns = 0, ranks = 0;
-  for (int j = 0; j < table.slices; ++j) {
-    const AdapterSlice& slice = table.slice[j];
-    if (slice.rows < 0 || slice.rows > kMost || slice.n < 0 || slice.width < 0) return true;
-    columns += slice.n;
-    ranks += slice.width;
-  }
-  return columns != n || ranks > kMost;
-}
-
 int ranks_of(const AdapterTable& table) {
   int64_t ranks = 0;
   for (int j = 0; j < table.slices; ++j) ranks += table.slice[j].width;
   return static_cast<int>(ranks);
-}
-
-Segments segments_of(const Routing& routing) {
-  return {routing.order, routing.segments, static_cast<int>(routing.m), static_cast<int>(routing.segment_rows)};
-}
-
-// The b pools, whose slices are columns of y and dy; or the a pools, of all of x and dx.
-Slices slices_of(const AdapterTable& table, int64_t k, bool b, bool scaled) {
-  Slices slices{};
-  slices.entries = table.entries;
-  slices.scaling = scaled ? table.scaling : nullptr;
-  slices.count = table.slices;
-  slices.capacity = static_cast<int>(table.capacity);
-  slices.ranks = ranks_of(table);
-  slices.dtype = table.dtype;
-  slices.vectors = true;
-  int64_t column = 0, rank = 0;
-  for (int j = 0; j < table.slices; ++j) {
-    const AdapterSlice& from = table.slice[j];
-    const int64_t width = b ? from.n : k;
-    slices.of[j] = {.pool = b ? from.b : from.a,
-                    .pool_rows = static_cast<int>(from.rows),
-                    .width = static_cast<int>(width),
-                    .column = static_cast<int>(b ? column : 0),
-                    .ranks = static_cast<int>(from.width),
-                    .rank_at = static_cast<int>(rank)};
-    slices.vectors = slices.vectors && whole_vectors(slices.of[j].pool, bytes_of(table.dtype) * width);
-    column += from.n;
-    rank += from.width;
-  }
-  return slices;
 }
 
 // Rows of a matrix, and the slices in them, are whole 16-byte vectors.
@@ -85,60 +40,117 @@ int shrink_splits(const SegmentedLoraCudaArgs& a, const Slices& slices) {
   return splits < 1 ? 1 : static_cast<int>(splits);
 }
 
-struct Products {
-  ShrinkArgs shrink;
-  ExpandArgs expand;
-};
-
-Products products_of(const SegmentedLoraCudaArgs& a, bool grad) {
+ShrinkArgs shrink_args(const SegmentedLoraCudaArgs& a, bool grad) {
   const SegmentedLoraArgs& c = a.call;
-  Products p{};
-  p.shrink.x = c.x;
-  p.shrink.segments = p.expand.segments = segments_of(c.routing);
-  p.shrink.slices = slices_of(c.table, c.k, grad, grad);
-  p.shrink.width = static_cast<int>(grad ? c.n : c.k);
-  p.shrink.splits = shrink_splits(a, p.shrink.slices);
-  p.shrink.u = p.shrink.splits > 1 ? nullptr : c.u;
-  p.shrink.parts = p.shrink.splits > 1 ? static_cast<float*>(a.scratch) : nullptr;
-  p.shrink.x_vectors = whole_slices(c.x, p.shrink.width, p.shrink.slices, c.dtype);
-  p.expand.u = c.u;
-  p.expand.y = c.y;
-  p.expand.slices = slices_of(c.table, c.k, !grad, !grad);
-  p.expand.width = static_cast<int>(grad ? c.k : c.n);
-  p.expand.same_columns = grad;
-  p.expand.y_vectors = whole_slices(c.y, p.expand.width, p.expand.slices, c.dtype);
-  p.expand.u_pairs = p.expand.slices.ranks % 2 == 0 && aligned(c.u, 4);
-  for (int j = 0; j < c.table.slices; ++j) {
-    p.expand.u_pairs = p.expand.u_pairs && p.expand.slices.of[j].rank_at % 2 == 0;
-  }
-  return p;
+  ShrinkArgs args{};
+  args.x = c.x;
+  args.segments = segments_of(c.routing);
+  args.slices = slices_of(c.table, c.k, grad, grad);
+  args.width = static_cast<int>(grad ? c.n : c.k);
+  args.splits = shrink_splits(a, args.slices);
+  args.u = args.splits > 1 ? nullptr : c.u;
+  args.parts = args.splits > 1 ? static_cast<float*>(a.scratch) : nullptr;
+  args.x_vectors = whole_slices(c.x, args.width, args.slices, c.dtype);
+  return args;
 }
 
-int64_t scratch_of(const SegmentedLoraCudaArgs& a, bool grad) {
-  if (bad(a.call.table, a.call.routing, a.call.m, a.call.k, a.call.n)) return 0;
+}  // namespace
+
+bool bad_table(const AdapterTable& table, const Routing& routing, int64_t m, int64_t k, int64_t n) {
+  if (m < 0 || m > kMost || k < 0 || k > kMost || n < 0 || n > kMost || routing.m != m) return true;
+  if (table.slices < 1 || table.slices > kMaxSlices || table.capacity < 0 || table.capacity > kMost) return true;
+  if (routing.segment_rows < 1 || routing.segment_rows > kMost) return true;
+  int64_t columns = 0, ranks = 0;
+  for (int j = 0; j < table.slices; ++j) {
+    const AdapterSlice& slice = table.slice[j];
+    if (slice.rows < 0 || slice.rows > kMost || slice.n < 0 || slice.width < 0) return true;
+    columns += slice.n;
+    ranks += slice.width;
+  }
+  return columns != n || ranks > kMost;
+}
+
+Segments segments_of(const Routing& routing) {
+  return {routing.order, routing.segments, static_cast<int>(routing.m), static_cast<int>(routing.segment_rows)};
+}
+
+Slices slices_of(const AdapterTable& table, int64_t k, bool b, bool scaled) {
+  Slices slices{};
+  slices.entries = table.entries;
+  slices.scaling = scaled ? table.scaling : nullptr;
+  slices.count = table.slices;
+  slices.capacity = static_cast<int>(table.capacity);
+  slices.ranks = ranks_of(table);
+  slices.dtype = table.dtype;
+  slices.vectors = true;
+  int64_t column = 0, rank = 0;
+  for (int j = 0; j < table.slices; ++j) {
+    const AdapterSlice& from = table.slice[j];
+    const int64_t width = b ? from.n : k;
+    slices.of[j] = {.pool = b ? from.b : from.a,
+                    .pool_rows = static_cast<int>(from.rows),
+                    .width = static_cast<int>(width),
+                    .column = static_cast<int>(b ? column : 0),
+                    .ranks = static_cast<int>(from.width),
+                    .rank_at = static_cast<int>(rank)};
+    slices.vectors = slices.vectors && whole_vectors(slices.of[j].pool, bytes_of(table.dtype) * width);
+    column += from.n;
+    rank += from.width;
+  }
+  return slices;
+}
+
+bool whole_pairs(const void* u, const Slices& slices) {
+  bool whole = slices.ranks % 2 == 0 && aligned(u, 4);
+  for (int j = 0; j < slices.count; ++j) whole = whole && slices.of[j].rank_at % 2 == 0;
+  return whole;
+}
+
+int64_t inner_scratch(const SegmentedLoraCudaArgs& a, bool grad) {
+  if (bad_table(a.call.table, a.call.routing, a.call.m, a.call.k, a.call.n)) return 0;
   const Slices slices = slices_of(a.call.table, a.call.k, grad, grad);
   const int splits = shrink_splits(a, slices);
   return splits > 1 ? 4 * splits * a.call.m * slices.ranks : 0;
 }
 
+Status launch_inner(const SegmentedLoraCudaArgs& a, bool grad) {
+  const ShrinkArgs args = shrink_args(a, grad);
+  const Status status = launch_segmented_shrink(args, a.call.dtype, a.stream);
+  if (status != Status::kOk || args.splits == 1) return status;
+  const PartSum sum{.parts = args.parts,
+                    .out = a.call.u,
+                    .wide = {},
+                    .count = a.call.m * args.slices.ranks,
+                    .splits = args.splits,
+                    .scaling = 1.0f,
+                    .dtype = a.call.dtype};
+  return launch_lora_sum(sum, {}, a.stream);
+}
+
+namespace {
+
+ExpandArgs expand_args(const SegmentedLoraCudaArgs& a, bool grad) {
+  const SegmentedLoraArgs& c = a.call;
+  ExpandArgs args{};
+  args.u = c.u;
+  args.y = c.y;
+  args.segments = segments_of(c.routing);
+  args.slices = slices_of(c.table, c.k, !grad, !grad);
+  args.width = static_cast<int>(grad ? c.k : c.n);
+  args.same_columns = grad;
+  args.y_vectors = whole_slices(c.y, args.width, args.slices, c.dtype);
+  args.u_pairs = whole_pairs(c.u, args.slices);
+  return args;
+}
+
 Status run_products(const SegmentedLoraCudaArgs& a, bool grad) {
   const SegmentedLoraArgs& c = a.call;
-  if (bad(c.table, c.routing, c.m, c.k, c.n)) return Status::kBadArgument;
+  if (bad_table(c.table, c.routing, c.m, c.k, c.n)) return Status::kBadArgument;
   if (c.m == 0 || ranks_of(c.table) == 0) return Status::kOk;
-  const Products p = products_of(a, grad);
-  Status status = launch_segmented_shrink(p.shrink, c.dtype, a.stream);
-  if (status == Status::kOk && p.shrink.splits > 1) {
-    const PartSum sum{.parts = p.shrink.parts,
-                      .out = c.u,
-                      .wide = {},
-                      .count = c.m * p.shrink.slices.ranks,
-                      .splits = p.shrink.splits,
-                      .scaling = 1.0f,
-                      .dtype = c.dtype};
-    status = launch_lora_sum(sum, {}, a.stream);
-  }
-  if (status != Status::kOk || p.expand.width == 0) return status;
-  return launch_segmented_expand(p.expand, c.dtype, a.stream);
+  const Status status = launch_inner(a, grad);
+  const ExpandArgs args = expand_args(a, grad);
+  if (status != Status::kOk || args.width == 0) return status;
+  return launch_segmented_expand(args, c.dtype, a.stream);
 }
 
 // ---- the gradients of the pools -----------------------------------------------------------------------------
@@ -206,20 +218,20 @@ namespace fastlora {
 
 using namespace cuda;
 
-int64_t segmented_lora_cuda_scratch(const SegmentedLoraCudaArgs& a) { return scratch_of(a, false); }
+int64_t segmented_lora_cuda_scratch(const SegmentedLoraCudaArgs& a) { return inner_scratch(a, false); }
 Status segmented_lora_cuda(const SegmentedLoraCudaArgs& a) { return run_products(a, false); }
-int64_t segmented_lora_grad_input_cuda_scratch(const SegmentedLoraCudaArgs& a) { return scratch_of(a, true); }
+int64_t segmented_lora_grad_input_cuda_scratch(const SegmentedLoraCudaArgs& a) { return inner_scratch(a, true); }
 Status segmented_lora_grad_input_cuda(const SegmentedLoraCudaArgs& a) { return run_products(a, true); }
 
 int64_t segmented_lora_grad_pools_cuda_scratch(const SegmentedLoraGradPoolsCudaArgs& a) {
-  if (bad(a.call.table, a.call.routing, a.call.m, a.call.k, a.call.n)) return 0;
+  if (bad_table(a.call.table, a.call.routing, a.call.m, a.call.k, a.call.n)) return 0;
   const GradientArgs args = gradient_args(a);
   return shares_of(args) > 1 ? 8 * shares_of(args) * args.part_size : 0;
 }
 
 Status segmented_lora_grad_pools_cuda(const SegmentedLoraGradPoolsCudaArgs& a) {
   const SegmentedLoraGradPoolsArgs& c = a.call;
-  if (bad(c.table, c.routing, c.m, c.k, c.n)) return Status::kBadArgument;
+  if (bad_table(c.table, c.routing, c.m, c.k, c.n)) return Status::kBadArgument;
   const GradientArgs args = gradient_args(a);
   Status status = launch_segmented_zero(args, a.stream);
   if (status != Status::kOk || c.m == 0 || args.part_size == 0) return status;

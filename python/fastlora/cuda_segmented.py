@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import cuda
-from .checks import DTYPE_CODE
+from . import cuda, cuda_linear
+from .checks import DTYPE_CODE, Packed
 from .cuda import Device
 
 
@@ -50,13 +50,9 @@ def _run(
     device: Device, kernel: str, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None],
     *numbers: float,
 ) -> int:  # fmt: skip
-    """A kernel with scratch."""
-    size = device.ask(f"{kernel}_scratch", inputs, (*outputs, None), *numbers)
-    scratch = None
-    if size:
-        first = next(t for t in (*inputs, *outputs) if t is not None)
-        scratch = torch.empty(size, dtype=torch.uint8, device=first.device)
-    return device.call(kernel, inputs, (*outputs, scratch), *numbers)
+    status = cuda_linear.run_with_scratch(device, kernel, inputs, outputs, *numbers)
+    assert status is not None
+    return status
 
 
 def route(device: Device, slots: Tensor, capacity: int, order: Tensor, segments: Tensor) -> int:
@@ -119,3 +115,72 @@ def segmented_lora_grad_pools(
         (*_pools(device, da), *_pools(device, db)), *_sizes(table), x.shape[-1], dy.shape[-1],
         DTYPE_CODE[x.dtype],
     )  # fmt: skip
+
+
+# --- beside the base product --------------------------------------------------------------------------------
+
+
+def _fused(
+    device: Device, kernel: str, inputs: Sequence[Tensor | None], table: Table, outputs: Sequence[Tensor],
+    k: int, n: int, blocksize: int, batch_invariant: bool,
+) -> int | None:  # fmt: skip
+    """None: no kernel takes the call."""
+    x = inputs[0]
+    assert x is not None
+    if batch_invariant and x.dtype is torch.float32:
+        raise TypeError(
+            f"{kernel}: expected bfloat16 or float16 with batch_invariant on CUDA, got {x.dtype}, whose product "
+            "is torch's"
+        )
+    if not (cuda.rows(x) and k and n):
+        return None
+    return cuda_linear.run_with_scratch(
+        device, kernel, (*inputs, *_pools(device, table.a), *_pools(device, table.b), *_routing(table)), outputs,
+        *_sizes(table), k, n, blocksize, DTYPE_CODE[x.dtype], batch_invariant, cuda_linear.current_route(),
+    )  # fmt: skip
+
+
+def multi_linear(
+    device: Device, x: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, blocksize: int,
+    bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor], entries: Tensor, scaling: Tensor,
+    order: Tensor, segments: Tensor, widths: Sequence[int], batch_invariant: bool, y: Tensor, u: Tensor,
+) -> int:  # fmt: skip
+    """y and u. Where no kernel is fused, y is rounded once more, between the product and the term."""
+    weight: Packed = (packed, scales, nested, blocksize)
+    table = Table(a, b, entries, scaling, order, segments, widths)
+    status = _fused(
+        device, "nf4_multi_lora_linear", (x, *cuda.parts(weight), bias), table, (y, u), x.shape[-1],
+        packed.shape[0], blocksize, batch_invariant,
+    )  # fmt: skip
+    if status is not None:
+        return status
+    status = cuda_linear.linear(device, x, weight, bias, None, None, None, 1.0, y)
+    if status:
+        return status
+    return segmented_lora(
+        device, x, a, b, entries, scaling, order, segments, widths, y, u, batch_invariant=batch_invariant
+    )
+
+
+def multi_grad_input(
+    device: Device, dy: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, in_features: int,
+    blocksize: int, a: Sequence[Tensor], b: Sequence[Tensor], entries: Tensor, scaling: Tensor, order: Tensor,
+    segments: Tensor, widths: Sequence[int], batch_invariant: bool, dx: Tensor, v: Tensor,
+) -> int:  # fmt: skip
+    """dx and v, as multi_linear has y and u."""
+    weight: Packed = (packed, scales, nested, blocksize)
+    table = Table(a, b, entries, scaling, order, segments, widths)
+    status = _fused(
+        device, "nf4_multi_lora_grad_input", (dy, *cuda.parts(weight)), table, (dx, v), in_features,
+        packed.shape[0], blocksize, batch_invariant,
+    )  # fmt: skip
+    if status is not None:
+        return status
+    status = cuda_linear.grad_input(
+        device, dy, None, weight, in_features, None, None, 1.0, dx, None, None
+    )
+    if status:
+        return status
+    return segmented_lora_grad_input(
+        device, dy, a, b, entries, scaling, order, segments, widths, dx, v, batch_invariant=batch_invariant
+    )

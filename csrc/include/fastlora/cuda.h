@@ -184,6 +184,29 @@ struct SegmentedLoraGradPoolsCudaArgs {
 int64_t segmented_lora_grad_pools_cuda_scratch(const SegmentedLoraGradPoolsCudaArgs& args);
 Status segmented_lora_grad_pools_cuda(const SegmentedLoraGradPoolsCudaArgs& args);
 
+// Scratch -1: no kernel here takes the call; the caller makes the product without adapters, and adds their term by
+// segmented_lora_cuda. Else at most four launches: u (or v), the sum of its parts, the product, the sum of its
+// parts.
+struct Nf4MultiLoraLinearCudaArgs {
+  Nf4MultiLoraLinearArgs call;
+  const float* map;
+  CudaRoute route;
+  void* scratch;
+  void* stream;
+};
+int64_t nf4_multi_lora_linear_cuda_scratch(const Nf4MultiLoraLinearCudaArgs& args);
+Status nf4_multi_lora_linear_cuda(const Nf4MultiLoraLinearCudaArgs& args);
+
+struct Nf4MultiLoraGradInputCudaArgs {
+  Nf4MultiLoraGradInputArgs call;
+  const float* map;
+  CudaRoute route;
+  void* scratch;
+  void* stream;
+};
+int64_t nf4_multi_lora_grad_input_cuda_scratch(const Nf4MultiLoraGradInputCudaArgs& args);
+Status nf4_multi_lora_grad_input_cuda(const Nf4MultiLoraGradInputCudaArgs& args);
+
 // The same bits as lora_dropout.
 struct LoraDropoutCudaArgs {
   const void* x;
