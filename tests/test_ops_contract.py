@@ -11,7 +11,9 @@ import sys
 import pytest
 import torch
 from linear_cases import FLOATS, Case, make_inputs, make_weight
+from segmented_contract import SEGMENTED_ARGS, SEGMENTED_ERRORS
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastlora import isa as levels
 
@@ -88,7 +90,7 @@ ARGS = {
     "lora_grad_a": grad_a_args,
     "lora_grad_b": grad_b_args,
     "lora_dropout": dropout_args,
-}
+} | SEGMENTED_ARGS
 
 
 def call(name: str, **changes: object) -> object:
@@ -120,9 +122,14 @@ def test_opcheck_without_the_optional_parts(name: str) -> None:
 def test_meta_tensors_give_the_shapes_of_real_ones(name: str) -> None:
     args = ARGS[name]()
     real = getattr(op, name)(*args.values())
-    meta = {key: value.to("meta") if isinstance(value, Tensor) else value for key, value in args.items()}
-    fake = getattr(op, name)(*meta.values())
-    real, fake = ([t] if isinstance(t, Tensor) else t for t in (real, fake))
+
+    def on_meta(value: object) -> object:
+        if isinstance(value, list):
+            return [on_meta(v) for v in value]
+        return value.to("meta") if isinstance(value, Tensor) else value
+
+    fake = getattr(op, name)(*map(on_meta, args.values()))
+    real, fake = (tree_leaves(outputs) for outputs in (real, fake))
     for have, want in zip(fake, real, strict=True):
         assert (have.device.type, have.shape, have.dtype, have.stride()) == (
             "meta", want.shape, want.dtype, want.stride(),
@@ -267,6 +274,7 @@ BAD_INPUTS = [
         (("lora_grad_a",), GRAD_A_ERRORS),
         (("lora_grad_b",), GRAD_B_ERRORS),
         (("lora_dropout",), DROPOUT_ERRORS),
+        *((names, errors) for names, errors in SEGMENTED_ERRORS),
     )
     for name in names
     for bad in table

@@ -7,7 +7,7 @@ import devices
 import pytest
 import torch
 from linear_cases import Weight, make_weight
-from segmented_cases import (
+from cuda_segmented_cases import (
     Result,
     Table,
     expected_expand,

@@ -14,10 +14,11 @@ struct Backward {
   const void* dy;  // (m, n), dtype
   int64_t m, n, k;
   DType dtype;
-  Source source;  // Nf4Weight or DenseRows, (n, k)
-  const void* v;  // (m, r), dtype
-  DenseRows ext;  // (r, k)
-  void* out;      // (m, k), dtype
+  Source source;                  // Nf4Weight or DenseRows, (n, k)
+  const void* v;                  // (m, r), dtype
+  DenseRows ext;                  // (r, k)
+  void* out;                      // (m, k), dtype
+  const float* addend = nullptr;  // (m, k)
   Plan plan = {};
   int64_t runs = 0;
   bool out_of_memory = false;
@@ -159,7 +160,12 @@ struct Backward {
         L::restore_columns(from, line);
         from = line;
       }
-      L::store_row(from, count, dtype, element_ptr(out, (row0 + i) * k + k0, dtype));
+      const int64_t at = (row0 + i) * k + k0;
+      if (addend != nullptr) {
+        for (int64_t j = 0; j < count; ++j) line[j] = from[j] + addend[at + j];
+        from = line;
+      }
+      L::store_row(from, count, dtype, element_ptr(out, at, dtype));
     }
   }
 

@@ -32,7 +32,8 @@ Status gemm_linear(const Nf4LinearArgs& a) {
                              .u = a.u,
                              .ext = {a.lora_b, a.lora_dtype, a.weight.n, a.r, a.scaling},
                              .bias = a.bias,
-                             .out = a.y};
+                             .out = a.y,
+                             .addend = a.addend};
   return base.run(a.threads);
 }
 
@@ -58,7 +59,8 @@ Status gemm_grad_input(const Nf4LinearGradInputArgs& a) {
                               .source = a.weight,
                               .v = a.v,
                               .ext = {a.lora_a, a.lora_dtype, a.r, a.weight.k, 1.0f},
-                              .out = a.dx};
+                              .out = a.dx,
+                              .addend = a.addend};
   return base.run(a.threads);
 }
 

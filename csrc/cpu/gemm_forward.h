@@ -18,7 +18,8 @@ struct Forward {
   const void* u;  // (m, r), dtype
   DenseRows ext;  // (n, r)
   const void* bias;
-  void* out;  // (m, n), dtype
+  void* out;                      // (m, n), dtype
+  const float* addend = nullptr;  // (m, n)
   Plan plan = {};
   int64_t strips = 0;
   bool out_of_memory = false;
@@ -188,7 +189,11 @@ struct Forward {
         if (bias != nullptr) {
           for (int64_t i = 0; i < G::kStripRows; ++i) block[j][i] += offset[i];
         }
-        L::store_row(block[j], count, dtype, element_ptr(out, (row0 + p * kPanel + j) * n + n0, dtype));
+        const int64_t at = (row0 + p * kPanel + j) * n + n0;
+        if (addend != nullptr) {
+          for (int64_t i = 0; i < count; ++i) block[j][i] += addend[at + i];
+        }
+        L::store_row(block[j], count, dtype, element_ptr(out, at, dtype));
       }
     }
   }

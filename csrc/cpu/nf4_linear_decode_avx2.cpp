@@ -347,7 +347,9 @@ void group_outputs(const Job& job, const Row* rows, int64_t n0, int count) {
     }
     const float bias = a.bias == nullptr ? 0.0f : load_as_float(a.bias, n0 + o, a.dtype);
     for (int i = 0; i < kIn; ++i) {
-      store_from_float(a.y, rows[i].index * a.weight.n + n0 + o, a.dtype, sum8(sums[o][i]) + bias);
+      const int64_t at = rows[i].index * a.weight.n + n0 + o;
+      const float beside = a.addend == nullptr ? bias : bias + a.addend[at];
+      store_from_float(a.y, at, a.dtype, sum8(sums[o][i]) + beside);
     }
   }
 }

@@ -73,6 +73,7 @@ void forward_range(void* context, int64_t begin, int64_t end) {
                  (a.scaling * load_as_float(a.lora_b, o * a.r + q, a.lora_dtype));
         }
         if (a.bias != nullptr) sum += load_as_float(a.bias, o, a.dtype);
+        if (a.addend != nullptr) sum += a.addend[(i0 + i) * w.n + o];
         store_from_float(a.y, (i0 + i) * w.n + o, a.dtype, sum);
       }
     }
@@ -118,7 +119,8 @@ void backward_range(void* context, int64_t begin, int64_t end) {
           }
         }
         for (int64_t j = 0; j < count; ++j) {
-          store_from_float(a.dx, (i0 + i) * w.k + first + j, a.dtype, sums[i][j]);
+          const int64_t at = (i0 + i) * w.k + first + j;
+          store_from_float(a.dx, at, a.dtype, a.addend == nullptr ? sums[i][j] : sums[i][j] + a.addend[at]);
         }
       }
     }

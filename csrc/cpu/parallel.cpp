@@ -27,7 +27,7 @@ struct ThreadScratch {
   size_t bytes = 0;
   ~ThreadScratch() { std::free(data); }
 };
-thread_local ThreadScratch t_scratch;
+thread_local ThreadScratch t_scratch, t_beside;
 
 }  // namespace
 
@@ -51,25 +51,29 @@ void parallel_ranges(int64_t count, int32_t threads, void (*body)(void*, int64_t
 #ifdef __SANITIZE_ADDRESS__
 // Under AddressSanitizer every call gets a block of its own, of exactly this size and full of NaN, so that a
 // kernel that writes past what it asked for, or counts on what an earlier call left there, is noticed.
-void* thread_scratch(size_t bytes) {
-  std::free(t_scratch.data);
-  if (posix_memalign(&t_scratch.data, 64, bytes) != 0) t_scratch.data = nullptr;
-  t_scratch.bytes = bytes;
-  if (t_scratch.data != nullptr) std::memset(t_scratch.data, 0xff, bytes);
-  return t_scratch.data;
+static void* grown(ThreadScratch& scratch, size_t bytes) {
+  std::free(scratch.data);
+  if (posix_memalign(&scratch.data, 64, bytes) != 0) scratch.data = nullptr;
+  scratch.bytes = bytes;
+  if (scratch.data != nullptr) std::memset(scratch.data, 0xff, bytes);
+  return scratch.data;
 }
 #else
-void* thread_scratch(size_t bytes) {
-  if (bytes <= t_scratch.bytes) return t_scratch.data;
+static void* grown(ThreadScratch& scratch, size_t bytes) {
+  if (bytes <= scratch.bytes) return scratch.data;
   const size_t rounded = (bytes + 4095) & ~size_t{4095};
-  std::free(t_scratch.data);
-  t_scratch.data = std::aligned_alloc(4096, rounded);
-  t_scratch.bytes = t_scratch.data == nullptr ? 0 : rounded;
-  return t_scratch.data;
+  std::free(scratch.data);
+  scratch.data = std::aligned_alloc(4096, rounded);
+  scratch.bytes = scratch.data == nullptr ? 0 : rounded;
+  return scratch.data;
 }
 #endif
 
-size_t thread_scratch_bytes() { return t_scratch.bytes; }
+void* thread_scratch(size_t bytes) { return grown(t_scratch, bytes); }
+
+void* thread_scratch_beside(size_t bytes) { return grown(t_beside, bytes); }
+
+size_t thread_scratch_bytes() { return t_scratch.bytes + t_beside.bytes; }
 
 }  // namespace fastlora::cpu
 

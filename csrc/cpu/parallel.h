@@ -16,7 +16,10 @@ void parallel_ranges(int64_t count, int32_t threads, void (*body)(void* context,
 // out. A second call on the same thread may move it: take what you need once.
 void* thread_scratch(size_t bytes);
 
-// The size of the calling thread's buffer, for tests of its bound.
+// A second such buffer, for what has to outlive calls that take the first.
+void* thread_scratch_beside(size_t bytes);
+
+// The size of the calling thread's buffers, for tests of their bound.
 size_t thread_scratch_bytes();
 
 }  // namespace fastlora::cpu

@@ -1,5 +1,6 @@
 """fastlora: fused 4-bit NormalFloat layers with low-rank adapters."""
 
+from . import ops_segmented  # noqa: F401 (registers its ops)
 from ._C import __version__
 from .adapters import load_adapter, save_adapter
 from .autograd import nf4_linear

@@ -27,7 +27,9 @@ from . import _C, checks, cuda
 from .checks import DTYPE_CODE, NESTED_BLOCKSIZE, block_count
 from .isa import level
 
-Outputs: TypeAlias = list[tuple[Sequence[int], torch.dtype]]
+Output: TypeAlias = tuple[Sequence[int], torch.dtype]
+#: One (shape, dtype) an output; a list of them for one that is a list.
+Outputs: TypeAlias = Sequence[Output | list[Output]]
 
 _STATUS = {
     1: (ValueError, "the kernel refused its arguments"),
@@ -58,35 +60,50 @@ def define(
     schema: str,
     outputs: Callable[..., Outputs],
     kernel: Callable[..., int],
-    cuda_kernel: Callable[..., int],
+    cuda_kernel: Callable[..., int] | None,
 ) -> None:
     """Register an op. `kernel` gets the arguments, tensors made contiguous, then the outputs, and returns a
-    status; `cuda_kernel` gets a cuda.Device first."""
+    status; `cuda_kernel` gets a cuda.Device first (None: there is none). `outputs` has refused what is to be
+    written in place and is not contiguous."""
     op = schema.split("(", 1)[0]
 
-    def pack(out: list[Tensor]) -> Tensor | tuple[Tensor, ...]:
+    def pack(out: list[Any]) -> Any:
         return out[0] if len(out) == 1 else tuple(out)
 
-    def run(run_kernel: Callable[..., int], device: torch.device, args: tuple) -> Tensor | tuple[Tensor, ...]:
+    def make(what: Output | list[Output], empty: Callable[..., Tensor]) -> Tensor | list[Tensor]:
+        if isinstance(what, list):
+            return [empty(*(shape or ((),)), dtype=dtype) for shape, dtype in what]
         # Sizes as separate arguments: parsed in half the time of a tuple. Torch refuses none at all.
-        out = [torch.empty(*(shape or ((),)), dtype=dtype, device=device) for shape, dtype in outputs(*args)]
+        return empty(*(what[0] or ((),)), dtype=what[1])
+
+    def contiguous_of(t: Tensor) -> Tensor:
+        if not t.data_ptr() and t.numel():
+            _raise_freed(op, t)
+        return t.contiguous()
+
+    def run(run_kernel: Callable[..., int], device: torch.device, args: tuple) -> Any:
+        out = [make(what, partial(torch.empty, device=device)) for what in outputs(*args)]
         contiguous = list(args)  # a list, because an address keeps no copy alive
         for i in tensors:
             t = args[i]
             if t is not None:
-                if not t.data_ptr() and t.numel():
-                    _raise_freed(op, t)
-                contiguous[i] = t.contiguous()
+                contiguous[i] = contiguous_of(t)
+        for i in lists:
+            contiguous[i] = [contiguous_of(t) for t in args[i]]
         status = run_kernel(*contiguous, *out)
         if status:
             kind, text = _STATUS.get(status, (RuntimeError, f"status {status}"))
             raise kind(f"{op}: {text}")
+        for i in written:
+            torch.autograd.graph.increment_version(args[i])
         return pack(out)
 
-    def cpu(*args: Any) -> Tensor | tuple[Tensor, ...]:
+    def cpu(*args: Any) -> Any:
         return run(kernel, _CPU, args)
 
-    def on_device(device: cuda.Device, *args: Any) -> Tensor | tuple[Tensor, ...]:
+    def on_device(device: cuda.Device, *args: Any) -> Any:
+        if cuda_kernel is None:
+            raise RuntimeError(f"{op}: expected CPU tensors, got CUDA ones, for which it has no kernel")
         if device.kernels is None:
             raise RuntimeError(
                 f"{op}: expected CPU tensors, got CUDA ones; this build of fastlora holds no CUDA kernels: "
@@ -95,16 +112,21 @@ def define(
             )
         return run(partial(cuda_kernel, device), args[0].device, args)
 
-    def on_cuda(*args: Any) -> Tensor | tuple[Tensor, ...]:
+    def on_cuda(*args: Any) -> Any:
         with torch.cuda.device(args[0].device):
             return on_device(cuda.Device(), *args)
 
-    def fake(*args: Any) -> Tensor | tuple[Tensor, ...]:
-        return pack([args[0].new_empty(shape, dtype=dtype) for shape, dtype in outputs(*args)])
+    def fake(*args: Any) -> Any:
+        def empty(*shape: Any, dtype: torch.dtype) -> Tensor:
+            return args[0].new_empty(shape if shape != ((),) else (), dtype=dtype)
+
+        return pack([make(what, empty) for what in outputs(*args)])
 
     # By the schema, as isinstance(t, Tensor) takes 0.5 us for anything that is not exactly a Tensor.
     arguments = torch._C.parse_schema(f"fastlora::{schema}").arguments
     tensors = [i for i, a in enumerate(arguments) if str(a.type) in {"Tensor", "Optional[Tensor]"}]
+    lists = [i for i, a in enumerate(arguments) if str(a.type) == "List[Tensor]"]
+    written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     _lib.impl(op, cpu, "CPU")
     _lib.impl(op, on_cuda, "CUDA")

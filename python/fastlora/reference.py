@@ -7,7 +7,9 @@ the package calls it.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -196,3 +198,104 @@ def lora_dropout_mask(shape: tuple[int, ...], seed: int, p: float) -> Tensor:
 def lora_dropout(x: Tensor, seed: int, p: float) -> Tensor:
     """x / (1 - p) where the mask keeps it, else 0; float64."""
     return torch.where(lora_dropout_mask(tuple(x.shape), seed, p), x.double() / (1 - p), 0.0)
+
+
+# --- many adapters in one batch ---------------------------------------------------------------------------
+
+
+def lora_route(slots: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Rows by slot, stably, those of -1 last: order (m,) int32; and segments (min(m, capacity) + 1, 2) int32:
+    {slot, first position} of every slot that has rows, then {-1, rows that have a slot} to the end."""
+    flat = slots.reshape(-1).long()
+    order = torch.where(flat < 0, capacity, flat).argsort(stable=True)
+    found, counts = flat[flat >= 0].unique(return_counts=True)
+    segments = torch.tensor([[-1, int(counts.sum())]]).repeat(min(flat.numel(), capacity) + 1, 1)
+    segments[: len(found)] = torch.stack((found, counts.cumsum(0) - counts), dim=1)
+    return order.int(), segments.int()
+
+
+def _slots_of(order: Tensor, segments: Tensor) -> list[int]:
+    """The slot of every position in order."""
+    slots = [-1] * order.numel()
+    rows = segments.tolist()
+    for (slot, begin), (_, end) in itertools.pairwise(rows):
+        if slot >= 0:
+            slots[begin:end] = [slot] * (end - begin)
+    return slots
+
+
+def _pieces(
+    a: list[Tensor], b: list[Tensor], entries: Tensor, scaling: Tensor, order: Tensor, segments: Tensor,
+    widths: list[int],
+) -> Iterator[tuple[int, int, int, slice, slice, slice, float]]:  # fmt: skip
+    """Position, row, slice of the layer, its pool's rows, columns of y and columns of u, scaling: for every
+    row that has an adapter, one by one."""
+    entries, scaling = entries.reshape(len(a), -1, 2), scaling.reshape(len(a), -1)
+    column = [sum(t.shape[1] for t in b[:j]) for j in range(len(b))]
+    for position, slot in enumerate(_slots_of(order, segments)):
+        for j in range(len(a) if slot >= 0 else 0):
+            first, rank = entries[j, slot].tolist()
+            at = sum(widths[:j])
+            yield (
+                position, int(order[position]), j, slice(first, first + rank),
+                slice(column[j], column[j] + b[j].shape[1]), slice(at, at + rank), float(scaling[j, slot]),
+            )  # fmt: skip
+
+
+def segmented_lora(
+    x: Tensor, a: list[Tensor], b: list[Tensor], entries: Tensor, scaling: Tensor, order: Tensor,
+    segments: Tensor, widths: list[int], y: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y (..., n) with s·u·Bᵀ added and u = x·Aᵀ (m, sum of widths) in the order of `order`; a kernel rounds u
+    to x's dtype before the second product. Rows without an adapter leave y as it is and u zero."""
+    rows, out = _rows(x), _rows(y).clone()
+    u = rows.new_zeros(len(rows), sum(widths))
+    for p, i, j, ranks, columns, at, scale in _pieces(a, b, entries, scaling, order, segments, widths):
+        u[p, at] = a[j][ranks].double() @ rows[i]
+        out[i, columns] += scale * (u[p, at] @ b[j][ranks].double())
+    return out.reshape(y.shape), u
+
+
+def segmented_lora_grad_input(
+    dy: Tensor, a: list[Tensor], b: list[Tensor], entries: Tensor, scaling: Tensor, order: Tensor,
+    segments: Tensor, widths: list[int], dx: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dx (..., k) with v·A added and v = s·dy·B (m, sum of widths), which a kernel rounds to dy's dtype."""
+    rows, out = _rows(dy), _rows(dx).clone()
+    v = rows.new_zeros(len(rows), sum(widths))
+    for p, i, j, ranks, columns, at, scale in _pieces(a, b, entries, scaling, order, segments, widths):
+        v[p, at] = scale * (b[j][ranks].double() @ rows[i, columns])
+        out[i] += v[p, at] @ a[j][ranks].double()
+    return out.reshape(dx.shape), v
+
+
+def segmented_lora_grad_pools(
+    x: Tensor, dy: Tensor, u: Tensor, v: Tensor, a: list[Tensor], b: list[Tensor], entries: Tensor,
+    scaling: Tensor, order: Tensor, segments: Tensor, widths: list[int],
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """dA = Σ vᵀ·x and dB = s·Σ uᵀ·dy (B as the pool has it) over the rows of each slot; zeros elsewhere."""
+    x, dy, u, v = _rows(x), _rows(dy), u.double(), v.double()
+    da = [torch.zeros_like(t, dtype=torch.float64) for t in a]
+    db = [torch.zeros_like(t, dtype=torch.float64) for t in b]
+    for p, i, j, ranks, columns, at, scale in _pieces(a, b, entries, scaling, order, segments, widths):
+        da[j][ranks] += torch.outer(v[p, at], x[i])
+        db[j][ranks] += scale * torch.outer(u[p, at], dy[i, columns])
+    return da, db
+
+
+def nf4_multi_lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: list[Tensor], b: list[Tensor], entries: Tensor,
+    scaling: Tensor, order: Tensor, segments: Tensor, widths: list[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x·Wᵀ + bias with segmented_lora's term, and u, of a dequantised W (n, k)."""
+    y, _ = nf4_linear(x, weight, bias)
+    return segmented_lora(x, a, b, entries, scaling, order, segments, widths, y)
+
+
+def nf4_multi_lora_grad_input(
+    dy: Tensor, weight: Tensor, a: list[Tensor], b: list[Tensor], entries: Tensor, scaling: Tensor,
+    order: Tensor, segments: Tensor, widths: list[int],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """dy·W with segmented_lora_grad_input's term, and v."""
+    dx, _ = nf4_linear_grad_input(dy, weight)
+    return segmented_lora_grad_input(dy, a, b, entries, scaling, order, segments, widths, dx)

@@ -22,6 +22,7 @@ struct Nf4LinearArgs {
   DType dtype;       // of x, bias, u, y
   DType lora_dtype;  // of lora_a, lora_b
   int32_t threads;
+  const float* addend = nullptr;  // (m, n) or null: added before the one rounding
 };
 Status nf4_linear(const Nf4LinearArgs& args, Isa isa);
 
@@ -38,6 +39,7 @@ struct Nf4LinearGradInputArgs {
   DType dtype;       // of dy, v, dx
   DType lora_dtype;  // of lora_a, lora_b
   int32_t threads;
+  const float* addend = nullptr;  // (m, k) or null: added before the one rounding
 };
 Status nf4_linear_grad_input(const Nf4LinearGradInputArgs& args, Isa isa);
 

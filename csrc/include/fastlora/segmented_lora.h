@@ -20,8 +20,8 @@ inline constexpr int32_t kMaxSlices = 8;
 
 // Slice j writes the columns of y that follow those of slice j - 1.
 struct AdapterSlice {
-  const void* a;          // (rows, k)
-  const void* b;          // (rows, n)
+  const void* a;           // (rows, k)
+  const void* b;           // (rows, n)
   int64_t rows, n, width;  // width: columns of u and v, at least the largest rank
 };
 
@@ -36,8 +36,9 @@ struct AdapterTable {
 
 // What lora_route makes of slots.
 struct Routing {
-  const int32_t* order;     // (m): rows by slot, stably; those without an adapter last
-  const int32_t* segments;  // (segment_rows, 2): slot and its first position in order; {-1, routed rows} to the end
+  const int32_t* order;  // (m): rows by slot, stably; those without an adapter last
+  const int32_t*
+      segments;  // (segment_rows, 2): slot and its first position in order; {-1, routed rows} to the end
   int64_t m, segment_rows;
 };
 
