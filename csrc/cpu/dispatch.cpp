@@ -63,6 +63,13 @@ bool valid_weight(const Nf4Weight& w) { return w.n >= 0 && w.k >= 0 && valid_blo
 
 }  // namespace
 
+bool cpu::takes_decode(Isa isa, DType dtype, int64_t m, const Nf4Weight& weight) {
+  const Level* level = level_of(isa);
+  if (level == nullptr || level->linear_decode == nullptr || weight.k <= 0 || weight.k > kDecodeColumns)
+    return false;
+  return m <= (dtype == DType::kFloat32 ? level->decode_rows_float : level->decode_rows_16bit);
+}
+
 Status nf4_quantize(const Nf4QuantizeArgs& args, Isa isa) {
   const Level* level = level_of(isa);
   if (level == nullptr) return Status::kUnsupportedLevel;

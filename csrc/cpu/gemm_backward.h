@@ -9,7 +9,7 @@
 namespace fastlora::cpu {
 namespace {
 
-template <class L, class Source>
+template <class L, class Source, class Beside = NothingBeside>
 struct Backward {
   const void* dy;  // (m, n), dtype
   int64_t m, n, k;
@@ -19,6 +19,7 @@ struct Backward {
   DenseRows ext;                  // (r, k)
   void* out;                      // (m, k), dtype
   const float* addend = nullptr;  // (m, k)
+  Beside beside = {};             // where rows of dy and out lie, and what comes on top
   Plan plan = {};
   int64_t runs = 0;
   bool out_of_memory = false;
@@ -126,7 +127,7 @@ struct Backward {
     }
     if (row0 != scratch.packed_row || at.chunk != scratch.packed_chunk) {
       Pack<L>::pack_strips(dy, dtype, n, row0, rows, at.chunk * plan.chunk_blocks * G::kPerVector, n, chunk_of(at),
-                           scratch.packed);
+                           scratch.packed, beside.from);
       scratch.packed_row = row0;
       scratch.packed_chunk = at.chunk;
     }
@@ -150,7 +151,7 @@ struct Backward {
     }
   }
 
-  void store(const Place& at, const float* c) const {
+  void store(const Place& at, const float* c, typename Beside::State& state) const {
     const int64_t row0 = row_of(at), rows = min64(plan.row_block, m - row0);
     const int64_t k0 = column_of(at), count = min64(G::kRun, k - k0);
     alignas(64) float line[G::kRun];
@@ -160,12 +161,13 @@ struct Backward {
         L::restore_columns(from, line);
         from = line;
       }
-      const int64_t at = (row0 + i) * k + k0;
+      const int64_t at_out = beside.to(row0 + i) * k + k0;
+      if constexpr (Beside::kAdds) beside.add_row(state, i, k0, count, line);
       if (addend != nullptr) {
-        for (int64_t j = 0; j < count; ++j) line[j] = from[j] + addend[at + j];
+        for (int64_t j = 0; j < count; ++j) line[j] = from[j] + addend[at_out + j];
         from = line;
       }
-      L::store_row(from, count, dtype, element_ptr(out, at, dtype));
+      L::store_row(from, count, dtype, element_ptr(out, at_out, dtype));
     }
   }
 
@@ -191,6 +193,13 @@ struct Backward {
       __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
       return;
     }
+    typename Beside::State state;
+    if constexpr (Beside::kAdds) {
+      if (!beside.take(state, plan.row_block)) {
+        __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
+        return;
+      }
+    }
     L::begin();
     Place at = start(begin, end);
     fill(at, scratch.panels[0]);
@@ -208,7 +217,12 @@ struct Backward {
       });
       if (at.b + L::kPanelBlocks >= chunk_of(at) && at.chunk + 1 == plan.chunks) {
         extend(at, scratch, c);
-        store(at, c);
+        if constexpr (Beside::kAdds) {
+          const int64_t row0 = row_of(at);
+          beside.start(state, row0, min64(plan.row_block, m - row0));
+          beside.extend(state, column_of(at), min64(G::kRun, k - column_of(at)), c, kLdc);
+        }
+        store(at, c, state);
       }
       turn ^= 1;
       at = next;

@@ -9,7 +9,7 @@
 namespace fastlora::cpu {
 namespace {
 
-template <class L, class Source>
+template <class L, class Source, class Beside = NothingBeside>
 struct Forward {
   const void* x;  // (m, k), dtype
   int64_t m, k, n;
@@ -20,6 +20,8 @@ struct Forward {
   const void* bias;
   void* out;                      // (m, n), dtype
   const float* addend = nullptr;  // (m, n)
+  Beside beside = {};             // where rows of x and out lie, and what comes on top
+  int64_t x_ld = 0, out_ld = 0;   // where they differ from k and n
   Plan plan = {};
   int64_t strips = 0;
   bool out_of_memory = false;
@@ -148,8 +150,8 @@ struct Forward {
       Pack<L>::pack_panels(u, dtype, ext.k, row0, rows, 0, ext.k, plan.rank_blocks, false, scratch.packed_u);
     }
     if (row0 != scratch.packed_row || at.chunk != scratch.packed_chunk) {
-      Pack<L>::pack_panels(x, dtype, k, row0, rows, at.chunk * plan.chunk_blocks * G::kPerVector, k, chunk_of(at),
-                           true, scratch.packed);
+      Pack<L>::pack_panels(x, dtype, x_ld > 0 ? x_ld : k, row0, rows, at.chunk * plan.chunk_blocks * G::kPerVector,
+                           k, chunk_of(at), true, scratch.packed, beside.from);
       scratch.packed_row = row0;
       scratch.packed_chunk = at.chunk;
     }
@@ -175,7 +177,7 @@ struct Forward {
     }
   }
 
-  void store(const Place& at, const float* c) const {
+  void store(const Place& at, const float* c, typename Beside::State& state) const {
     const int64_t row0 = row_of(at), rows = min64(plan.row_block, m - row0);
     const int64_t n0 = strip_of(at) * G::kStripRows, count = strip_rows(at);
     alignas(64) float block[kPanel][G::kStripRows];
@@ -189,11 +191,13 @@ struct Forward {
         if (bias != nullptr) {
           for (int64_t i = 0; i < G::kStripRows; ++i) block[j][i] += offset[i];
         }
-        const int64_t at = (row0 + p * kPanel + j) * n + n0;
+        const int64_t position = row0 + p * kPanel + j,
+                      at_out = beside.to(position) * (out_ld > 0 ? out_ld : n) + n0;
+        if constexpr (Beside::kAdds) beside.add_row(state, position - row0, n0, count, block[j]);
         if (addend != nullptr) {
-          for (int64_t i = 0; i < count; ++i) block[j][i] += addend[at + i];
+          for (int64_t i = 0; i < count; ++i) block[j][i] += addend[at_out + i];
         }
-        L::store_row(block[j], count, dtype, element_ptr(out, at, dtype));
+        L::store_row(block[j], count, dtype, element_ptr(out, at_out, dtype));
       }
     }
   }
@@ -225,6 +229,13 @@ struct Forward {
       __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
       return;
     }
+    typename Beside::State state;
+    if constexpr (Beside::kAdds) {
+      if (!beside.take(state, plan.row_block)) {
+        __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
+        return;
+      }
+    }
     L::begin();
     Place at = start(begin, end);
     fill(at, scratch, scratch.strips[0]);
@@ -248,7 +259,12 @@ struct Forward {
       });
       if (done) {
         extend(at, scratch, scratch.rank_strip, c, resident);
-        store(at, c);
+        if constexpr (Beside::kAdds) {
+          const int64_t row0 = row_of(at);
+          beside.start(state, row0, min64(plan.row_block, m - row0));
+          beside.extend(state, strip_of(at) * G::kStripRows, strip_rows(at), c, plan.row_block);
+        }
+        store(at, c, state);
       }
       turn ^= 1;
       at = next;

@@ -1,7 +1,7 @@
 // Packing of what is dense: activations, and lora_a or lora_b in the place of W.
 #pragma once
 
-#include "gemm_layout.h"
+#include "gemm_rows.h"
 
 namespace fastlora::cpu {
 namespace {
@@ -83,8 +83,9 @@ struct Pack : Gemm<L> {
   // ---- activations
 
   // Rows [row0, row0 + rows) of x, columns [k0, k0 + blocks * kPerVector), as B panels; zeros past rows and k.
+  template <class Rows = NaturalRows>
   static void pack_panels(const void* x, DType dtype, int64_t ld, int64_t row0, int64_t rows, int64_t k0,
-                          int64_t k, int64_t blocks, bool permuted, uint8_t* out) {
+                          int64_t k, int64_t blocks, bool permuted, uint8_t* out, const Rows& row_of = {}) {
     const int64_t panels = ceil_div(rows, kPanel);
     alignas(64) T piece[kPanel][kRun];
     for (int64_t p = 0; p < panels; ++p) {
@@ -94,9 +95,9 @@ struct Pack : Gemm<L> {
         const int64_t first = k0 + b * kPerVector, want = step * kPerVector;
         const int64_t have = max64(0, min64(want, k - first));
         for (int64_t j = 0; j < kPanel; ++j) {
-          const int64_t row = p * kPanel + j;
-          const int64_t count = row < rows ? have : 0;
-          if (count > 0) L::load_row(element_ptr(x, (row0 + row) * ld + first, dtype), dtype, count, piece[j]);
+          const int64_t row = p * kPanel + j < rows ? row_of(row0 + p * kPanel + j) : -1;
+          const int64_t count = row >= 0 ? have : 0;
+          if (count > 0) L::load_row(element_ptr(x, row * ld + first, dtype), dtype, count, piece[j]);
           for (int64_t c = count; c < want; ++c) piece[j][c] = L::from_float(0.0f);
         }
         uint8_t* tile = out + place.offset + b * place.block_stride;
@@ -115,15 +116,17 @@ struct Pack : Gemm<L> {
   }
 
   // Rows of dy as A strips: [strip][block][kStripRows][64 bytes], zeros past n.
+  template <class Rows = NaturalRows>
   static void pack_strips(const void* dy, DType dtype, int64_t ld, int64_t row0, int64_t rows, int64_t n0,
-                          int64_t n, int64_t blocks, uint8_t* out) {
+                          int64_t n, int64_t blocks, uint8_t* out, const Rows& row_of = {}) {
     for (int64_t i = 0; i < rows; ++i) {
       uint8_t* strip = out + i / kStripRows * blocks * kStripBlockBytes + i % kStripRows * 64;
+      const int64_t row = row_of(row0 + i);
       for (int64_t b = 0; b < blocks; ++b) {
         T* to = reinterpret_cast<T*>(strip + b * kStripBlockBytes);
         const int64_t first = n0 + b * kPerVector;
-        const int64_t count = max64(0, min64(kPerVector, n - first));
-        if (count > 0) L::load_row(element_ptr(dy, (row0 + i) * ld + first, dtype), dtype, count, to);
+        const int64_t count = row >= 0 ? max64(0, min64(kPerVector, n - first)) : 0;
+        if (count > 0) L::load_row(element_ptr(dy, row * ld + first, dtype), dtype, count, to);
         for (int64_t c = count; c < kPerVector; ++c) to[c] = L::from_float(0.0f);
       }
     }

@@ -33,4 +33,7 @@ Status nf4_linear_grad_input_avx512_bf16(const Nf4LinearGradInputArgs& args);
 Status nf4_linear_grad_input_amx(const Nf4LinearGradInputArgs& args);
 Status nf4_linear_grad_input_amx_emulated(const Nf4LinearGradInputArgs& args);
 
+// Whether nf4_linear takes the kernel for a few rows.
+bool takes_decode(Isa isa, DType dtype, int64_t m, const Nf4Weight& weight);
+
 }  // namespace fastlora::cpu

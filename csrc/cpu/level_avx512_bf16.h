@@ -91,6 +91,35 @@ struct Bf16Level {
     }
   }
 
+  // ranks[q][i], q and i in 0..31, to 32 rows of 32 ranks: words of two ranks interleaved, then 16x16 dwords.
+  static void transpose_ranks(const uint16_t (&ranks)[32][32], uint8_t* out) {
+    __m512i low[16], high[16];
+    for (int q = 0; q < 16; ++q) {
+      const __m512i even = _mm512_load_si512(ranks[2 * q]), odd = _mm512_load_si512(ranks[2 * q + 1]);
+      low[q] = _mm512_unpacklo_epi16(even, odd);  // in 128-bit lane L, columns 8L .. 8L + 3
+      high[q] = _mm512_unpackhi_epi16(even, odd);
+    }
+    transpose16(low);
+    transpose16(high);
+    for (int i = 0; i < 16; ++i) {
+      uint8_t* to = out + (i / 4 * 8 + i % 4) * 64;
+      _mm512_store_si512(to, low[i]);
+      _mm512_store_si512(to + 4 * 64, high[i]);
+    }
+  }
+
+  // Two rows of a run, in natural order, as items of the contraction over rows in the order of the look-ups.
+  static void pack_pair(const uint16_t* even, const uint16_t* odd, uint8_t* const* out) {
+    alignas(64) uint8_t a[4][64], b[4][64];
+    permute_run(even, a[0], 64);
+    permute_run(odd, b[0], 64);
+    for (int c = 0; c < 4; ++c) {
+      const __m512i left = _mm512_load_si512(a[c]), right = _mm512_load_si512(b[c]);
+      _mm512_store_si512(out[2 * c], _mm512_unpacklo_epi16(left, right));
+      _mm512_store_si512(out[2 * c + 1], _mm512_unpackhi_epi16(left, right));
+    }
+  }
+
   // Where whole runs have a simple alignment: a run's words and the table its indices are for.
   struct Look {
     __m512i words, table, more;  // more: the codes of blocks 2 and 3 (kWords)

@@ -3,7 +3,9 @@
 //
 // nf4_linear_amx_emulated.cpp compiles this file a second time with the tiles in plain C++.
 #include "amx_tile.h"
+#include "lanes_avx512.h"
 #include "level_avx512_bf16.h"
+#include "segmented_gemm.h"
 
 namespace fastlora::cpu {
 namespace {
@@ -98,9 +100,23 @@ Status nf4_linear_amx_emulated(const Nf4LinearArgs& args) { return gemm_linear<A
 Status nf4_linear_grad_input_amx_emulated(const Nf4LinearGradInputArgs& args) {
   return gemm_grad_input<Amx>(args);
 }
+Status nf4_multi_lora_linear_amx_emulated(const Nf4MultiLoraLinearArgs& args, const SegmentedJob& job) {
+  return gemm_multi_linear<Amx, Avx512Lanes>(args, job);
+}
+Status nf4_multi_lora_grad_input_amx_emulated(const Nf4MultiLoraGradInputArgs& args, const SegmentedJob& job) {
+  return gemm_multi_grad_input<Amx, Avx512Lanes>(args, job);
+}
+Status segmented_shrink_gemm_amx_emulated(const ShrinkArgs& args) { return gemm_shrink<Amx>(args); }
 #else
 Status nf4_linear_amx(const Nf4LinearArgs& args) { return gemm_linear<Amx>(args); }
 Status nf4_linear_grad_input_amx(const Nf4LinearGradInputArgs& args) { return gemm_grad_input<Amx>(args); }
+Status nf4_multi_lora_linear_amx(const Nf4MultiLoraLinearArgs& args, const SegmentedJob& job) {
+  return gemm_multi_linear<Amx, Avx512Lanes>(args, job);
+}
+Status nf4_multi_lora_grad_input_amx(const Nf4MultiLoraGradInputArgs& args, const SegmentedJob& job) {
+  return gemm_multi_grad_input<Amx, Avx512Lanes>(args, job);
+}
+Status segmented_shrink_gemm_amx(const ShrinkArgs& args) { return gemm_shrink<Amx>(args); }
 #endif
 
 }  // namespace fastlora::cpu

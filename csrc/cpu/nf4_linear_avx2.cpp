@@ -2,40 +2,14 @@
 #include <immintrin.h>
 
 #include "gemm_driver.h"
+#include "lanes_avx2.h"
+#include "segmented_gemm.h"
 
 namespace fastlora::cpu {
 namespace {
 
-// The four routines below read and write whole vectors; the tail goes element by element, so that nothing is
-// touched past `count`.
-inline __m256 load8(const void* p, DType dtype) {
-  if (dtype == DType::kFloat32) return _mm256_loadu_ps(static_cast<const float*>(p));
-  const __m128i h = _mm_loadu_si128(static_cast<const __m128i*>(p));
-  if (dtype == DType::kFloat16) return _mm256_cvtph_ps(h);
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
-}
-
-inline void store8(void* p, DType dtype, __m256 f) {
-  if (dtype == DType::kFloat32) {
-    _mm256_storeu_ps(static_cast<float*>(p), f);
-    return;
-  }
-  __m128i h;
-  if (dtype == DType::kFloat16) {
-    h = _mm256_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  } else {  // nearest even, a NaN kept quiet: the same bits as float_to_bf16
-    const __m256i bits = _mm256_castps_si256(f);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded =
-        _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-    const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(f, f, _CMP_UNORD_Q));
-    const __m256i words = _mm256_blendv_epi8(rounded, quiet, nan);
-    h = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-  }
-  _mm_storeu_si128(static_cast<__m128i*>(p), h);
-}
-
+// What reads and writes rows goes by whole vectors; the tail goes element by element, so that nothing is touched
+// past `count`.
 struct Avx2Float {
   using T = float;
   static constexpr int64_t kPerItem = 1;
@@ -162,5 +136,15 @@ struct Avx2Float {
 Status nf4_linear_avx2(const Nf4LinearArgs& args) { return gemm_linear<Avx2Float>(args); }
 
 Status nf4_linear_grad_input_avx2(const Nf4LinearGradInputArgs& args) { return gemm_grad_input<Avx2Float>(args); }
+
+Status nf4_multi_lora_linear_avx2(const Nf4MultiLoraLinearArgs& args, const SegmentedJob& job) {
+  return gemm_multi_linear<Avx2Float, Avx2Lanes>(args, job);
+}
+
+Status nf4_multi_lora_grad_input_avx2(const Nf4MultiLoraGradInputArgs& args, const SegmentedJob& job) {
+  return gemm_multi_grad_input<Avx2Float, Avx2Lanes>(args, job);
+}
+
+Status segmented_shrink_gemm_avx2(const ShrinkArgs& args) { return gemm_shrink<Avx2Float>(args); }
 
 }  // namespace fastlora::cpu

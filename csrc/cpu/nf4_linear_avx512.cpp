@@ -1,5 +1,7 @@
 // The GEMM route in float32 with AVX-512: every dtype of x, exact products, float32 accumulation.
+#include "lanes_avx512.h"
 #include "multiply_avx512.h"
+#include "segmented_gemm.h"
 
 namespace fastlora::cpu {
 namespace {
@@ -58,6 +60,16 @@ struct Avx512Float : BroadcastMultiply<FloatItems, 32> {
       for (int e = 0; e < 16; ++e) {
         _mm512_store_si512(out + ((e % 8) ^ 1) * stride + ((e0 + e) / 8) * 64, rows[e]);
       }
+    }
+  }
+
+  // ranks[q][i], q in 0..15 and i in 0..31, to 32 rows of 16 ranks.
+  static void transpose_ranks(const float (&ranks)[16][32], uint8_t* out) {
+    for (int h = 0; h < 2; ++h) {
+      __m512i rows[16];
+      for (int q = 0; q < 16; ++q) rows[q] = _mm512_load_si512(ranks[q] + 16 * h);
+      transpose16(rows);
+      for (int i = 0; i < 16; ++i) _mm512_store_si512(out + (16 * h + i) * 64, rows[i]);
     }
   }
 
@@ -125,5 +137,15 @@ Status nf4_linear_avx512(const Nf4LinearArgs& args) { return gemm_linear<Avx512F
 Status nf4_linear_grad_input_avx512(const Nf4LinearGradInputArgs& args) {
   return gemm_grad_input<Avx512Float>(args);
 }
+
+Status nf4_multi_lora_linear_avx512(const Nf4MultiLoraLinearArgs& args, const SegmentedJob& job) {
+  return gemm_multi_linear<Avx512Float, Avx512Lanes>(args, job);
+}
+
+Status nf4_multi_lora_grad_input_avx512(const Nf4MultiLoraGradInputArgs& args, const SegmentedJob& job) {
+  return gemm_multi_grad_input<Avx512Float, Avx512Lanes>(args, job);
+}
+
+Status segmented_shrink_gemm_avx512(const ShrinkArgs& args) { return gemm_shrink<Avx512Float>(args); }
 
 }  // namespace fastlora::cpu

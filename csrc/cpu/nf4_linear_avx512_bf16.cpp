@@ -1,6 +1,8 @@
 // The GEMM route for bfloat16 x with AVX-512 BF16: two products a lane and step, float32 accumulation.
+#include "lanes_avx512.h"
 #include "level_avx512_bf16.h"
 #include "multiply_avx512.h"
+#include "segmented_gemm.h"
 
 namespace fastlora::cpu {
 namespace {
@@ -30,5 +32,15 @@ Status nf4_linear_avx512_bf16(const Nf4LinearArgs& args) { return gemm_linear<Av
 Status nf4_linear_grad_input_avx512_bf16(const Nf4LinearGradInputArgs& args) {
   return gemm_grad_input<Avx512Bf16>(args);
 }
+
+Status nf4_multi_lora_linear_avx512_bf16(const Nf4MultiLoraLinearArgs& args, const SegmentedJob& job) {
+  return gemm_multi_linear<Avx512Bf16, Avx512Lanes>(args, job);
+}
+
+Status nf4_multi_lora_grad_input_avx512_bf16(const Nf4MultiLoraGradInputArgs& args, const SegmentedJob& job) {
+  return gemm_multi_grad_input<Avx512Bf16, Avx512Lanes>(args, job);
+}
+
+Status segmented_shrink_gemm_avx512_bf16(const ShrinkArgs& args) { return gemm_shrink<Avx512Bf16>(args); }
 
 }  // namespace fastlora::cpu

@@ -56,7 +56,7 @@ struct ShrinkArgs {
   const void* wide;  // (m, side.ld), dtype
   void* narrow;      // (m, narrow_ld), dtype, in the order of the routing
   bool scaled;
-  bool one_route;  // the same arithmetic whatever the number of rows
+  int64_t many;  // segments of so many rows and more are the blocked GEMM's
 };
 
 // out += narrow·pool by segments, times the scaling if `scaled`.
@@ -82,5 +82,29 @@ struct OuterArgs {
 Status segmented_shrink_scalar(const ShrinkArgs& args);
 Status segmented_expand_scalar(const ExpandArgs& args);
 Status segmented_outer_scalar(const OuterArgs& args);
+Status segmented_shrink_avx2(const ShrinkArgs& args);
+Status segmented_expand_avx2(const ExpandArgs& args);
+Status segmented_outer_avx2(const OuterArgs& args);
+Status segmented_shrink_avx512(const ShrinkArgs& args);
+Status segmented_expand_avx512(const ExpandArgs& args);
+Status segmented_outer_avx512(const OuterArgs& args);
+
+Status segmented_shrink_gemm_avx2(const ShrinkArgs& args);
+Status segmented_shrink_gemm_avx512(const ShrinkArgs& args);
+Status segmented_shrink_gemm_avx512_bf16(const ShrinkArgs& args);  // bfloat16 x only
+Status segmented_shrink_gemm_amx(const ShrinkArgs& args);          // bfloat16 x only
+Status segmented_shrink_gemm_amx_emulated(const ShrinkArgs& args);
+
+// The fused layer, u (v) given.
+Status nf4_multi_lora_linear_avx2(const Nf4MultiLoraLinearArgs& args, const SegmentedJob& job);
+Status nf4_multi_lora_linear_avx512(const Nf4MultiLoraLinearArgs& args, const SegmentedJob& job);
+Status nf4_multi_lora_linear_avx512_bf16(const Nf4MultiLoraLinearArgs& args, const SegmentedJob& job);
+Status nf4_multi_lora_linear_amx(const Nf4MultiLoraLinearArgs& args, const SegmentedJob& job);
+Status nf4_multi_lora_linear_amx_emulated(const Nf4MultiLoraLinearArgs& args, const SegmentedJob& job);
+Status nf4_multi_lora_grad_input_avx2(const Nf4MultiLoraGradInputArgs& args, const SegmentedJob& job);
+Status nf4_multi_lora_grad_input_avx512(const Nf4MultiLoraGradInputArgs& args, const SegmentedJob& job);
+Status nf4_multi_lora_grad_input_avx512_bf16(const Nf4MultiLoraGradInputArgs& args, const SegmentedJob& job);
+Status nf4_multi_lora_grad_input_amx(const Nf4MultiLoraGradInputArgs& args, const SegmentedJob& job);
+Status nf4_multi_lora_grad_input_amx_emulated(const Nf4MultiLoraGradInputArgs& args, const SegmentedJob& job);
 
 }  // namespace fastlora::cpu

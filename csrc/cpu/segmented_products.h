@@ -8,7 +8,8 @@
 // The last two are one loop: sums[i] = Σ over s of weight[i][s] · row[s], for a few columns in registers.
 //
 // V brings Vec, kLanes, kVecs (vectors of a row of sums), zero, set1, fma, add, mul, load_floats, store_floats,
-// sum (of lanes), load(p, dtype, count) and store(p, dtype, vec, count) of count <= kLanes elements.
+// sum (of lanes), load<dtype>(p), load(p, dtype, count) and store(p, dtype, vec, count) of count <= kLanes
+// elements.
 //
 // Every result is made by one thread in an order fixed by its own adapter's rank and rows. Everything sits in an
 // anonymous namespace: each level compiles its own copy with its own flags.
@@ -32,6 +33,15 @@ struct Share {
   }
   bool over() const { return at >= end; }
 };
+
+template <class Body>
+void with_type(DType dtype, Body&& body) {
+  switch (dtype) {
+    case DType::kFloat32: return body.template operator()<DType::kFloat32>();
+    case DType::kBFloat16: return body.template operator()<DType::kBFloat16>();
+    case DType::kFloat16: return body.template operator()<DType::kFloat16>();
+  }
+}
 
 template <class V>
 struct Segmented {
@@ -58,6 +68,7 @@ struct Segmented {
     void each_tile(Body&& body) const {
       for (int64_t s = 0; s < a.job.segments; ++s) {
         const Segment segment = a.job.segment(s);
+        if (segment.count >= a.many) continue;
         for (int64_t i = 0; i < segment.count; i += kRows) {
           if (!body(segment, segment.begin + i, min64(kRows, segment.count - i))) return;
         }
@@ -75,16 +86,15 @@ struct Segmented {
     }
 
     // sums[q][i] += rows q of the pool against rows i of x, `count` columns of both.
-    template <int kQ, int kI>
-    static void dots(const void* pool, DType dtype, int64_t stride, int64_t skip, const float* x, int64_t count,
-                     float* sums) {
+    template <DType kType, int kQ, int kI>
+    static void dots(const void* pool, int64_t stride, int64_t skip, const float* x, int64_t count, float* sums) {
       Vec acc[kQ][kI];
       for (int q = 0; q < kQ; ++q) {
         for (int i = 0; i < kI; ++i) acc[q][i] = V::zero();
       }
-      const int64_t bytes = dtype_bytes(dtype);
+      constexpr int64_t bytes = kType == DType::kFloat32 ? 4 : 2;
       const char* base = static_cast<const char*>(pool);
-      const auto step = [&](int64_t c, int64_t lanes) {
+      const auto step = [&](int64_t c, auto&& load) {
         Vec row[kQ];
         const int64_t ahead = c * bytes + kAhead < count * bytes ? kAhead : kAhead + skip;
         for (int q = 0; q < kQ; ++q) {
@@ -93,7 +103,7 @@ struct Segmented {
             __builtin_prefetch(
                 reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(here) + static_cast<uintptr_t>(ahead)));
           }
-          row[q] = V::load(here, dtype, lanes);
+          row[q] = load(here);
         }
         for (int i = 0; i < kI; ++i) {
           const Vec value = V::load_floats(x + i * kColumns + c);
@@ -101,22 +111,22 @@ struct Segmented {
         }
       };
       int64_t c = 0;
-      for (; c + kLanes <= count; c += kLanes) step(c, kLanes);
-      if (c < count) step(c, count - c);
+      for (; c + kLanes <= count; c += kLanes) step(c, [](const void* p) { return V::template load<kType>(p); });
+      if (c < count) step(c, [&](const void* p) { return V::load(p, kType, count - c); });
       for (int q = 0; q < kQ; ++q) {
         for (int i = 0; i < kI; ++i) sums[q * kRows + i] += V::sum(acc[q][i]);
       }
     }
-    template <int kQ>
-    static void dots_of(int64_t rows, const void* pool, DType dtype, int64_t stride, int64_t skip, const float* x,
+    template <DType kType, int kQ>
+    static void dots_of(int64_t rows, const void* pool, int64_t stride, int64_t skip, const float* x,
                         int64_t count, float* sums) {
       for (int64_t i = 0; i < rows; i += kTile) {
         const float* from = x + i * kColumns;
         switch (min64(kTile, rows - i)) {
-          case 1: dots<kQ, 1>(pool, dtype, stride, skip, from, count, sums + i); break;
-          case 2: dots<kQ, 2>(pool, dtype, stride, skip, from, count, sums + i); break;
-          case 3: dots<kQ, 3>(pool, dtype, stride, skip, from, count, sums + i); break;
-          default: dots<kQ, 4>(pool, dtype, stride, skip, from, count, sums + i); break;
+          case 1: dots<kType, kQ, 1>(pool, stride, skip, from, count, sums + i); break;
+          case 2: dots<kType, kQ, 2>(pool, stride, skip, from, count, sums + i); break;
+          case 3: dots<kType, kQ, 3>(pool, stride, skip, from, count, sums + i); break;
+          default: dots<kType, kQ, 4>(pool, stride, skip, from, count, sums + i); break;
         }
       }
     }
@@ -144,12 +154,14 @@ struct Segmented {
               static_cast<const char*>(a.side.pool[j]) + ((job.first(j, segment.slot) + q) * cols + c0) * bytes;
           const int64_t skip = (kTile - 1) * stride + (cols - count) * bytes;
           float* to = sums + (q - q0) * kRows;
-          switch (min64(kTile, q1 - q)) {
-            case 1: dots_of<1>(rows, rows_of_pool, pool_dtype, stride, skip, x, count, to); break;
-            case 2: dots_of<2>(rows, rows_of_pool, pool_dtype, stride, skip, x, count, to); break;
-            case 3: dots_of<3>(rows, rows_of_pool, pool_dtype, stride, skip, x, count, to); break;
-            default: dots_of<4>(rows, rows_of_pool, pool_dtype, stride, skip, x, count, to); break;
-          }
+          with_type(pool_dtype, [&]<DType kType>() {
+            switch (min64(kTile, q1 - q)) {
+              case 1: dots_of<kType, 1>(rows, rows_of_pool, stride, skip, x, count, to); break;
+              case 2: dots_of<kType, 2>(rows, rows_of_pool, stride, skip, x, count, to); break;
+              case 3: dots_of<kType, 3>(rows, rows_of_pool, stride, skip, x, count, to); break;
+              default: dots_of<kType, 4>(rows, rows_of_pool, stride, skip, x, count, to); break;
+            }
+          });
         }
       }
       const float scale = a.scaled ? job.scaling(j, segment.slot) : 1.0f;
@@ -199,13 +211,13 @@ struct Segmented {
   // ---- weighed sums of rows -----------------------------------------------------------------------------------
 
   // sums[i] for kI rows and kVecs vectors (or one, of `lanes`) from column c on.
-  template <int kI, int kVecs>
-  static void weigh(const float* weights, int64_t ld, const char* const* rows, int64_t steps, int64_t at,
-                    int64_t lanes, DType dtype, Vec (&acc)[kI][kVecs]) {
+  template <DType kType, int kI, int kVecs, class Rows, class Load>
+  static void weigh(const float* weights, int64_t ld, const Rows& rows, int64_t steps, int64_t at, Load&& load,
+                    Vec (&acc)[kI][kVecs]) {
     for (int i = 0; i < kI; ++i) {
       for (int v = 0; v < kVecs; ++v) acc[i][v] = V::zero();
     }
-    const int64_t bytes = dtype_bytes(dtype);
+    constexpr int64_t bytes = kType == DType::kFloat32 ? 4 : 2;
     for (int64_t s = 0; s < steps; ++s) {
       const char* here = rows[s] + at * bytes;
       for (int64_t line = 0; line < kVecs * kLanes * bytes; line += 64) {
@@ -213,7 +225,7 @@ struct Segmented {
                                                          static_cast<uintptr_t>(kAhead / 2 + line)));
       }
       Vec value[kVecs];
-      for (int v = 0; v < kVecs; ++v) value[v] = V::load(here + v * kLanes * bytes, dtype, lanes);
+      for (int v = 0; v < kVecs; ++v) value[v] = load(here + v * kLanes * bytes);
       for (int i = 0; i < kI; ++i) {
         const Vec weight = V::set1(weights[i * ld + s]);
         for (int v = 0; v < kVecs; ++v) acc[i][v] = V::fma(weight, value[v], acc[i][v]);
@@ -222,13 +234,13 @@ struct Segmented {
   }
 
   // Columns [c0, c1) of kI sums; give(i, column, vector, lanes) takes each.
-  template <int kI, class Give>
-  static void weigh_rows(const float* weights, int64_t ld, const char* const* rows, int64_t steps, int64_t c0,
-                         int64_t c1, DType dtype, Give&& give) {
+  template <DType kType, int kI, class Rows, class Give>
+  static void weigh_rows(const float* weights, int64_t ld, const Rows& rows, int64_t steps, int64_t c0, int64_t c1,
+                         Give&& give) {
     int64_t c = c0;
     for (; c + V::kVecs * kLanes <= c1; c += V::kVecs * kLanes) {
       Vec acc[kI][V::kVecs];
-      weigh<kI, V::kVecs>(weights, ld, rows, steps, c, kLanes, dtype, acc);
+      weigh<kType>(weights, ld, rows, steps, c, [](const void* p) { return V::template load<kType>(p); }, acc);
       for (int i = 0; i < kI; ++i) {
         for (int v = 0; v < V::kVecs; ++v) give(i, c + v * kLanes, acc[i][v], kLanes);
       }
@@ -236,22 +248,24 @@ struct Segmented {
     for (; c < c1; c += kLanes) {
       Vec acc[kI][1];
       const int64_t lanes = min64(kLanes, c1 - c);
-      weigh<kI, 1>(weights, ld, rows, steps, c, lanes, dtype, acc);
+      weigh<kType>(weights, ld, rows, steps, c, [&](const void* p) { return V::load(p, kType, lanes); }, acc);
       for (int i = 0; i < kI; ++i) give(i, c, acc[i][0], lanes);
     }
   }
-  template <class Give>
-  static void weigh_all(int64_t count, const float* weights, int64_t ld, const char* const* rows, int64_t steps,
+  template <class Rows, class Give>
+  static void weigh_all(int64_t count, const float* weights, int64_t ld, const Rows& rows, int64_t steps,
                         int64_t c0, int64_t c1, DType dtype, Give&& give) {
     for (int64_t i0 = 0; i0 < count; i0 += kTile) {
       const auto shifted = [&](int64_t i, int64_t c, Vec sum, int64_t lanes) { give(i0 + i, c, sum, lanes); };
       const float* from = weights + i0 * ld;
-      switch (min64(kTile, count - i0)) {
-        case 1: weigh_rows<1>(from, ld, rows, steps, c0, c1, dtype, shifted); break;
-        case 2: weigh_rows<2>(from, ld, rows, steps, c0, c1, dtype, shifted); break;
-        case 3: weigh_rows<3>(from, ld, rows, steps, c0, c1, dtype, shifted); break;
-        default: weigh_rows<4>(from, ld, rows, steps, c0, c1, dtype, shifted); break;
-      }
+      with_type(dtype, [&]<DType kType>() {
+        switch (min64(kTile, count - i0)) {
+          case 1: weigh_rows<kType, 1>(from, ld, rows, steps, c0, c1, shifted); break;
+          case 2: weigh_rows<kType, 2>(from, ld, rows, steps, c0, c1, shifted); break;
+          case 3: weigh_rows<kType, 3>(from, ld, rows, steps, c0, c1, shifted); break;
+          default: weigh_rows<kType, 4>(from, ld, rows, steps, c0, c1, shifted); break;
+        }
+      });
     }
   }
 

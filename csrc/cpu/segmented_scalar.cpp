@@ -16,6 +16,10 @@ struct Scalar {
   static float sum(float a) { return a; }
   static float load_floats(const float* p) { return *p; }
   static void store_floats(float* p, float f) { *p = f; }
+  template <DType kType>
+  static float load(const void* p) {
+    return load_as_float(p, 0, kType);
+  }
   static float load(const void* p, DType dtype, int64_t) { return load_as_float(p, 0, dtype); }
   static void store(void* p, DType dtype, float f, int64_t) { store_from_float(p, 0, dtype, f); }
 };
