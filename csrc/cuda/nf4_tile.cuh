@@ -94,13 +94,8 @@ class TileCopy {
         x_steps_(kAlongRows ? args.n - first_row : args.k - first_column),
         w_offset_(w_row() * static_cast<int>(args.row_bytes) + w_byte()),
         x_offset_((kIsRouted<Args> ? 0 : x_row() * x_width()) + x_step()) {
-    if constexpr (kIsRouted<Args>) {
-      FASTLORA_UNROLL
-      for (int j = 0; j < kGathers; ++j) {
-        const int position = first_x_row + x_row() + 16 * j;
-        x_sources_[j] = position < args.m ? row_at(args.segments, position) : -1;
-      }
-    }
+    FASTLORA_UNROLL
+    for (int j = 0; j < kKeptSources; ++j) x_sources_[j] = look_up_source(j);
   }
 
   FASTLORA_DEVICE void next(int stage FASTLORA_AT) {
@@ -124,7 +119,7 @@ class TileCopy {
       for (int j = 0; j < (kColumns + 1) / 2; ++j) {
         int valid = 16 * j < x_rows_ ? x_steps_ - x_step() : 0;
         if constexpr (kIsRouted<Args>) {
-          const int row = x_sources_[j];
+          const int row = kKeptSources > 0 ? x_sources_[kKeptSources > 0 ? j : 0] : look_up_source(j);
           if (row < 0) valid = 0;
           from = x_from_ + x_offset_ + (row < 0 ? 0 : row) * int64_t{x_width()};
         }
@@ -155,9 +150,15 @@ class TileCopy {
   static FASTLORA_DEVICE int x_step() { return thread_index() % 16 * 8; }
   FASTLORA_DEVICE int x_width() const { return kAlongRows ? args_.n : args_.k; }
 
-  // Where rows are gathered, those that the thread copies; -1: none.
-  static constexpr int kGathers = kIsRouted<Args> ? (kColumns + 1) / 2 : 1;
-  int x_sources_[kGathers];
+  // Where rows are gathered: those that the thread copies, -1 for none. Kept where there are registers for them.
+  static constexpr int kKeptSources = kIsRouted<Args> && kVectors && kColumns != 4 ? (kColumns + 1) / 2 : 0;
+  FASTLORA_DEVICE int look_up_source(int j) const {
+    if constexpr (kIsRouted<Args>) {
+      if (16 * j < x_rows_) return row_at(args_.segments, args_.m - x_rows_ + 16 * j);
+    }
+    return -1;
+  }
+  int x_sources_[kKeptSources > 0 ? kKeptSources : 1];
 
   const Args& args_;
   const uint8_t* w_from_;                    // of the tile's next stage

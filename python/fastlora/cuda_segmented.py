@@ -1,7 +1,7 @@
 """The CUDA half of many adapters in one batch: ``lora_route``, ``segmented_lora*``, ``nf4_multi_lora_*``.
 
-What is routed where is known on the device only; sizes of launches come from m and the capacity, so that nothing
-waits, and a captured graph follows slots, entries, scales and pools that are rewritten in place.
+What is routed where is known on the device only; sizes of launches come from m and the capacity, so that
+nothing waits, and a captured graph follows slots, entries, scales and pools that are rewritten in place.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def route(device: Device, slots: Tensor, capacity: int, order: Tensor, segments:
         if bool(outside.any()):
             where = int(outside.int().argmax())
             raise ValueError(
-                f"lora_route: expected slots in -1 .. {capacity - 1}, got {int(flat[where])} at position {where}"
+                f"lora_route: expected slots in -1 .. {capacity - 1}, got {int(flat[where])} "
+                f"at position {where} of {flat.numel()}"
             )
     return _run(
         device, "lora_route", (slots,), (order, segments), slots.dtype is torch.int64, slots.numel(), capacity
@@ -129,14 +130,15 @@ def _fused(
     assert x is not None
     if batch_invariant and x.dtype is torch.float32:
         raise TypeError(
-            f"{kernel}: expected bfloat16 or float16 with batch_invariant on CUDA, got {x.dtype}, whose product "
-            "is torch's"
+            f"{kernel}: expected bfloat16 or float16 with batch_invariant on CUDA, got {x.dtype}, whose "
+            "product is torch's"
         )
     if not (cuda.rows(x) and k and n):
         return None
     return cuda_linear.run_with_scratch(
-        device, kernel, (*inputs, *_pools(device, table.a), *_pools(device, table.b), *_routing(table)), outputs,
-        *_sizes(table), k, n, blocksize, DTYPE_CODE[x.dtype], batch_invariant, cuda_linear.current_route(),
+        device, kernel, (*inputs, *_pools(device, table.a), *_pools(device, table.b), *_routing(table)),
+        outputs, *_sizes(table), k, n, blocksize, DTYPE_CODE[x.dtype], batch_invariant,
+        cuda_linear.current_route(),
     )  # fmt: skip
 
 
@@ -176,9 +178,7 @@ def multi_grad_input(
     )  # fmt: skip
     if status is not None:
         return status
-    status = cuda_linear.grad_input(
-        device, dy, None, weight, in_features, None, None, 1.0, dx, None, None
-    )
+    status = cuda_linear.grad_input(device, dy, None, weight, in_features, None, None, 1.0, dx, None, None)
     if status:
         return status
     return segmented_lora_grad_input(
