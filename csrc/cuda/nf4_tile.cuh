@@ -86,14 +86,14 @@ class TileCopy {
   FASTLORA_DEVICE TileCopy(const Args& args, int first_x_row, int first_row, int first_column)
       : args_(args),
         w_from_(args.packed + first_row * args.row_bytes + first_column / 2),
-        x_from_(static_cast<const uint16_t*>(args.x) + (kIsRouted<Args> ? 0 : first_x_row * int64_t{x_width()}) +
+        x_from_(static_cast<const uint16_t*>(args.x) + first_x_row * int64_t{x_width()} +
                 (kAlongRows ? first_row : first_column)),
         w_rows_(args.n - first_row),
         w_bytes_(static_cast<int>(args.row_bytes) - first_column / 2),
         x_rows_(args.m - first_x_row - x_row()),
         x_steps_(kAlongRows ? args.n - first_row : args.k - first_column),
         w_offset_(w_row() * static_cast<int>(args.row_bytes) + w_byte()),
-        x_offset_((kIsRouted<Args> ? 0 : x_row() * x_width()) + x_step()) {
+        x_offset_(x_row() * x_width() + x_step()) {
     FASTLORA_UNROLL
     for (int j = 0; j < kKeptSources; ++j) x_sources_[j] = look_up_source(j);
   }
@@ -121,7 +121,8 @@ class TileCopy {
         if constexpr (kIsRouted<Args>) {
           const int row = kKeptSources > 0 ? x_sources_[kKeptSources > 0 ? j : 0] : look_up_source(j);
           if (row < 0) valid = 0;
-          from = x_from_ + x_offset_ + (row < 0 ? 0 : row) * int64_t{x_width()};
+          from = static_cast<const uint16_t*>(args_.x) + (row < 0 ? 1 : row + 1) * int64_t{x_width()} - x_steps_ +
+                 x_step();  // not from x_from_, which would take registers
         }
         if (kVectors || args_.x_vectors) {
           copy_async<16>(x_to + j * 2048, from, valid > 0 ? 16 : 0 FASTLORA_HERE);
