@@ -19,7 +19,7 @@ export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format sanitize bench build clean cuda-check gpu-check
+.PHONY: help venv demo test lint format sanitize bench build clean cuda-check cuda-model gpu-check
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -76,6 +76,9 @@ bench: $(VENV)/.package ## measure this machine; writes bench/results/
 cuda-check: $(VENV)/.package ## what nvcc made of every CUDA kernel: spills, registers, instructions
 	@$(BIN)/python -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	$(BIN)/python tests/cuda_check.py $(ARGS)
+
+cuda-model: $(VENV)/.package ## what the CUDA kernels should take on four devices, computed
+	$(BIN)/python tests/cuda_model.py $(ARGS)
 
 # On a machine with a GPU, whose python3 has a CUDA build of torch: nothing is fetched, no .venv is made.
 gpu-check: ## build, test, sanitize and measure the CUDA kernels on this machine's GPU; results into OUT

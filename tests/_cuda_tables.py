@@ -110,9 +110,14 @@ def losses(rows: list[Row], record: Record, slack: float) -> list[str]:
     return found
 
 
-def write(rows: list[Row]) -> None:
+def replace(begin: str, end: str, new: str) -> None:
+    """What stands between two lines of docs/cuda_kernels.md."""
     text = DOCS.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    new = DOCS.with_suffix(".tmp")
-    new.write_text(f"{head}{BEGIN}\n{text_of(rows)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
-    new.replace(DOCS)
+    head, rest = text.split(begin)
+    temporary = DOCS.with_suffix(".tmp")
+    temporary.write_text(f"{head}{begin}\n{new}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    temporary.replace(DOCS)
+
+
+def write(rows: list[Row]) -> None:
+    replace(BEGIN, END, text_of(rows))

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import _cuda_tables as tables
 from _launches import Launch, launches_on
-from _occupancy import PROCESSORS, blocks_per_processor
+from _occupancy import blocks_per_processor
 from _sass import Code, Usage, read_code, read_enums, read_usage, readable
 from tqdm import tqdm
 

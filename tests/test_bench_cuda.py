@@ -234,9 +234,10 @@ def test_one_call_is_profiled_after_some_like_it(device_kind, monkeypatch, capsy
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda.profiler, "start", lambda: events.append(len(calls)))
     monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: events.append(len(calls)))
-    with devices.device("cuda_emulated"):
+    # Undone before the device, which puts the ops themselves back.
+    with devices.device("cuda_emulated"), pytest.MonkeyPatch.context() as inner:
         op = torch.ops.fastlora.nf4_linear_grad_input
-        monkeypatch.setattr(
+        inner.setattr(
             torch.ops.fastlora, "nf4_linear_grad_input", lambda *args: (calls.append(1), op(*args))[1]
         )
         module("one_call").main()

@@ -21,10 +21,10 @@ struct Crossovers {
   int fused;
   int ragged;  // the same where scale blocks straddle rows of W
 };
-constexpr Crossovers kForward[] = {{80, 8, 1024, 64}, {86, 8, 1536, 64}, {90, 8, 1536, 64}, {100, 8, 128, 64},
-                                   {120, 8, 1536, 64}};
-constexpr Crossovers kGradInput[] = {{80, 0, 1024, 64}, {86, 0, 1536, 64}, {90, 0, 768, 64}, {100, 0, 128, 64},
-                                     {120, 0, 1536, 64}};
+constexpr Crossovers kForward[] = {
+    {80, 8, 1024, 64}, {86, 8, 1536, 64}, {90, 8, 1536, 64}, {100, 8, 128, 64}, {120, 8, 1536, 64}};
+constexpr Crossovers kGradInput[] = {
+    {80, 0, 1024, 64}, {86, 0, 1536, 64}, {90, 0, 768, 64}, {100, 0, 128, 64}, {120, 0, 1536, 64}};
 
 template <size_t kCount>
 const Crossovers& row_of(const Crossovers (&table)[kCount], int capability) {
@@ -54,7 +54,8 @@ constexpr TileCost kGradInputTiles[] = {{1, 740}, {2, 752}, {4, 796}, {8, 880}};
 constexpr TileCost kForwardGroups[] = {{16, 276}, {32, 324}, {64, 420}, {128, 612}, {256, 996}};
 constexpr TileCost kGradInputGroups[] = {{16, 488}, {32, 537}, {64, 632}, {128, 824}, {256, 1208}};
 
-// Multiply-adds of 16-bit floats a clock of a processor. GeForce devices have half of it from 86 on.
+// Multiply-adds of 16-bit floats, summed in float32, a clock of a processor; GeForce devices, from 86 on, half of
+// it.
 int tensor_rate(int capability, CudaRoute route) {
   if (route == CudaRoute::kWarpgroup) return 2048;
   return capability == 80 || (capability >= 90 && capability < 120) ? 1024 : 512;

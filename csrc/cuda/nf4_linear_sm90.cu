@@ -12,11 +12,9 @@
 namespace fastlora::cuda {
 namespace {
 
-// A row's 32 bytes of a stage: four rows in a gap. Of rows that are read at once, every second one of 8, no two are
-// in the same quarter.
-FASTLORA_DEVICE int row_place(int row) {
-  return row / 4 * kPairPitch + kGapBytes + (row % 4 ^ row / 4 % 2) * 32;
-}
+// A row's 32 bytes of a stage: four rows in a gap. Of rows that are read at once, every second one of 8, no two
+// are in the same quarter.
+FASTLORA_DEVICE int row_place(int row) { return row / 4 * kPairPitch + kGapBytes + (row % 4 ^ row / 4 % 2) * 32; }
 
 // The copying warpgroup's share of W: half a row and the one 64 rows on of a thread, and a row's scales, one of 64
 // columns or two of 32.

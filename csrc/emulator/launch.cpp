@@ -80,8 +80,8 @@ bool launch(const char* kernel, const int (&grid)[3], int threads, int64_t share
   }
   if (!d.runs) return true;
   try {
-    if (threads < 1 || threads > kMaxThreads || shared_bytes < 0 || shared_bytes > traits().shared_bytes || grid[0] < 1 ||
-        grid[1] < 1 || grid[2] < 1 || grid[1] > 65535 || grid[2] > 65535) {
+    if (threads < 1 || threads > kMaxThreads || shared_bytes < 0 || shared_bytes > traits().shared_bytes ||
+        grid[0] < 1 || grid[1] < 1 || grid[2] < 1 || grid[1] > 65535 || grid[2] > 65535) {
       throw Fault{std::string("kernel ") + kernel + ": no device launches " + std::to_string(threads) +
                   " threads with " + std::to_string(shared_bytes) + " bytes of shared memory on a grid of " +
                   std::to_string(grid[0]) + " x " + std::to_string(grid[1]) + " x " + std::to_string(grid[2])};

@@ -1,7 +1,8 @@
 """The CUDA half of the layer's ops: ``nf4_linear*``, the thin products of backward, ``lora_dropout``.
 
-Which kernels a call takes is decided in csrc/cuda/nf4_linear_plan.cu; nf4_linear.cu says how much scratch it
-wants, or that it has no kernel for the call (many rows of x, or float32): then torch multiplies (cuda_dense.py).
+Which kernels a call takes is decided in csrc/cuda/nf4_linear_plan.cu; nf4_linear.cu says how much scratch
+it wants, or that it has no kernel for the call (many rows of x, or float32): then torch multiplies
+(cuda_dense.py).
 """
 
 from __future__ import annotations
