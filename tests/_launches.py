@@ -152,9 +152,11 @@ def launches_on(arch: str) -> dict[str, set[Launch]]:
             for dtype in DTYPE_CODE:
                 _call_format(device, dtype)
                 _call_dropout(device, dtype)
-                _call_adapters(device, dtype)
                 if dtype is not torch.float32:  # whose products are torch's
                     _call_layer(device, dtype)
+            _emulator.set_traits(capability=int(arch.rstrip("af")), processors=8)  # to split segments for
+            for dtype in DTYPE_CODE:
+                _call_adapters(device, dtype)
     finally:
         _emulator.set_traits()  # as at first
     sizes = {(launch.kernel, launch.shared): launch for launch in launches}
