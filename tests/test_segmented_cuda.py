@@ -517,3 +517,15 @@ def test_batch_invariance_in_float32_is_refused() -> None:
         TypeError, match=r"expected bfloat16 or float16 with batch_invariant on CUDA, got torch\.float32"
     ):
         run_multi(t, make_weight(48, 64), torch.zeros(1, 64), None, [0], grad=False, batch_invariant=True)
+
+
+def test_more_adapters_than_blocks() -> None:
+    """Blocks are fewer than tiles where few of the slots are expected to have rows."""
+    ranks = tuple(1 + slot % 2 for slot in range(1200))
+    t = Table(8, (16,), ranks=ranks, dtype=torch.bfloat16)
+    slots = [(i * 7) % 1200 for i in range(1200)] + [-1] * 3 + [5] * 40
+    for dtype in FLOATS[:2]:
+        with listed(run=True) as launches:
+            check_products(t, slots, dtype)
+        assert max(it.grid[0] for it in launches) < 1200
+    check_pools(t, slots, torch.bfloat16)

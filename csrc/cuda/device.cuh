@@ -15,6 +15,7 @@
 #include <cuda_fp16.h>
 
 #define FASTLORA_DEVICE __device__ __forceinline__
+#define FASTLORA_HOST_DEVICE __host__ __device__ __forceinline__
 #define FASTLORA_KERNEL(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
 #define FASTLORA_PARAMETER const __grid_constant__
 #define FASTLORA_CONSTANT __device__ __constant__ const
@@ -29,6 +30,7 @@
 #include "../emulator/intrinsics.h"
 
 #define FASTLORA_DEVICE inline
+#define FASTLORA_HOST_DEVICE inline
 #define FASTLORA_KERNEL(threads, blocks) static void
 #define FASTLORA_PARAMETER const
 #define FASTLORA_CONSTANT const

@@ -2,10 +2,10 @@
 // find rows of x and of the pools.
 //
 // Rows are taken in the order that lora_route gave them. A launch is sized by m and the capacity alone, for the
-// segments are known on the device only: the unit (segment i, its j-th tile of `rows` rows) is block
+// segments are known on the device only: the unit (segment i, its j-th tile of `rows` rows) is number
 //     first[i] / rows + i + j
-// which no two units share, and which grows with i, so that a block finds its segment by a search. Some blocks
-// find nothing to do; there are at most as many of them as segments, and one.
+// which no two units share, and which grows with i, so that a block finds its segment by a search. Some numbers
+// are of no unit; there are at most as many of them as segments, and one.
 //
 // Nothing read from memory is trusted: an entry that leaves its pool, a slot outside the table and a row outside x
 // make no work.
@@ -22,8 +22,17 @@ struct Segments {
   int m, rows;
 };
 
-// Blocks of a launch that has one for every unit of `rows` rows.
-inline int unit_count(const Segments& segments, int rows) { return segments.m / rows + segments.rows; }
+// There are fewer than so many units of `rows` rows.
+FASTLORA_HOST_DEVICE int unit_limit(const Segments& segments, int rows) {
+  return segments.m / rows + segments.rows;
+}
+// Blocks of a launch for them, each of which goes on with every so many further units: one for every unit where
+// few of the slots have rows, for the others are seldom any.
+inline int unit_blocks(const Segments& segments, int rows, int blocks_for_each) {
+  const int slack = blocks_for_each < 32 ? 1024 / blocks_for_each : 32;
+  const int limit = unit_limit(segments, rows), usual = segments.m / rows + slack;
+  return limit < usual ? limit : usual;
+}
 
 // One slice of the adapters, as one of the products uses it.
 struct SliceView {
@@ -91,15 +100,15 @@ FASTLORA_DEVICE Span segment_span(const Segments& s, int index FASTLORA_AT) {
 
 // Which segment, and which of its tiles of `rows` rows: from its begin on, or at multiples of `rows`.
 template <bool kFromBegin>
-FASTLORA_DEVICE Unit find_unit(const Segments& s, int block, int rows, Span* whole FASTLORA_AT) {
-  const auto begins = [block, rows](int index, int slot, int first) {
-    return slot >= 0 && first / rows + index <= block;
+FASTLORA_DEVICE Unit find_unit(const Segments& s, int number, int rows, Span* whole FASTLORA_AT) {
+  const auto begins = [number, rows](int index, int slot, int first) {
+    return slot >= 0 && first / rows + index <= number;
   };
   const int found = count_segments(s, begins FASTLORA_HERE);
   // Segment found - 1, or, where that ends before, the rows without an adapter, if its end is the next entry.
   for (int index = found > 0 ? found - 1 : 0; index <= found && index < s.rows; ++index) {
     const Span span = segment_span(s, index FASTLORA_HERE);
-    const int tile = block - span.begin / rows - index;
+    const int tile = number - span.begin / rows - index;
     int begin = kFromBegin ? span.begin + tile * rows : (span.begin / rows + tile) * rows;
     const int next = begin + rows;
     if (begin < span.begin) begin = span.begin;
@@ -110,9 +119,17 @@ FASTLORA_DEVICE Unit find_unit(const Segments& s, int block, int rows, Span* who
   return {-1, 0, 0};
 }
 
-FASTLORA_DEVICE Unit find_tile(const Segments& s, int block, int rows FASTLORA_AT) {
+// No unit is number `unit` or a later one.
+FASTLORA_DEVICE bool past_units(const Segments& s, int unit, int rows FASTLORA_AT) {
+  if (unit >= unit_limit(s, rows)) return true;
+  // Segment i has no unit past number m / rows + i.
+  const int segment = unit - s.m / rows - 1;
+  return segment >= 0 && static_cast<int>(load_segment(s, segment FASTLORA_HERE).w[0]) < 0;
+}
+
+FASTLORA_DEVICE Unit find_tile(const Segments& s, int number, int rows FASTLORA_AT) {
   Span whole;
-  return find_unit<true>(s, block, rows, &whole FASTLORA_HERE);
+  return find_unit<true>(s, number, rows, &whole FASTLORA_HERE);
 }
 
 // The row of x at a position; -1 where there is none.

@@ -151,9 +151,14 @@ struct Expand {
 template <DType D, int kColumns>
 FASTLORA_KERNEL(kThreads, kColumns == 1 ? 4 : 2)
 segmented_expand(FASTLORA_PARAMETER ExpandArgs args) {
-  const Unit tile = find_tile(args.segments, block_index(), 8 * kColumns);
-  Expand<D, kColumns> expand{args, tile, block_range(args, kBlockColumns)};
-  expand.run();
+  const Range range = block_range(args, kBlockColumns);
+  for (int unit = block_index(); !past_units(args.segments, unit, 8 * kColumns); unit += block_count()) {
+    const Unit tile = find_tile(args.segments, unit, 8 * kColumns);
+    if (tile.count == 0 || tile.slot < 0) continue;
+    Expand<D, kColumns> expand{args, tile, range};
+    expand.run();
+  }
+  wait_for_previous_launch();  // every block has to
 }
 
 // ---- float32 ------------------------------------------------------------------------------------------------
@@ -161,12 +166,8 @@ segmented_expand(FASTLORA_PARAMETER ExpandArgs args) {
 constexpr int kPlainRows = 8, kPlainColumns = 4 * kThreads;
 
 // A thread has four adjacent columns of 8 rows.
-FASTLORA_KERNEL(kThreads, 4)
-segmented_expand_float(FASTLORA_PARAMETER ExpandArgs args) {
-  const Unit tile = find_tile(args.segments, block_index(), kPlainRows);
-  const Range range = block_range(args, kPlainColumns);
+FASTLORA_DEVICE void expand_rows(const ExpandArgs& args, const Unit& tile, const Range& range) {
   const int column = range.column + 4 * thread_index();
-  wait_for_previous_launch();
   float sums[kPlainRows][4] = {};
   Adapter adapter{0, 0, 0.0f};
   bool any = false;
@@ -201,6 +202,16 @@ segmented_expand_float(FASTLORA_PARAMETER ExpandArgs args) {
   }
 }
 
+FASTLORA_KERNEL(kThreads, 4)
+segmented_expand_float(FASTLORA_PARAMETER ExpandArgs args) {
+  const Range range = block_range(args, kPlainColumns);
+  wait_for_previous_launch();
+  for (int unit = block_index(); !past_units(args.segments, unit, kPlainRows); unit += block_count()) {
+    const Unit tile = find_tile(args.segments, unit, kPlainRows);
+    if (tile.count > 0 && tile.slot >= 0) expand_rows(args, tile, range);
+  }
+}
+
 // ---- launches -----------------------------------------------------------------------------------------------
 
 int column_blocks(const ExpandArgs& args, int per) {
@@ -212,8 +223,9 @@ int column_blocks(const ExpandArgs& args, int per) {
 
 template <DType D, int kColumns>
 Status launch_as(const ExpandArgs& args, void* stream) {
-  const LaunchShape shape{.blocks = unit_count(args.segments, 8 * kColumns),
-                          .blocks_y = column_blocks(args, kBlockColumns),
+  const int columns = column_blocks(args, kBlockColumns);
+  const LaunchShape shape{.blocks = unit_blocks(args.segments, 8 * kColumns, columns),
+                          .blocks_y = columns,
                           .threads = kThreads,
                           .overlaps = true};
   return FASTLORA_LAUNCH((segmented_expand<D, kColumns>), shape, args, stream);
@@ -229,8 +241,9 @@ Status launch_dtype(const ExpandArgs& args, void* stream) {
 Status launch_segmented_expand(const ExpandArgs& args, DType dtype, void* stream) {
   if (dtype == DType::kBFloat16) return launch_dtype<DType::kBFloat16>(args, stream);
   if (dtype == DType::kFloat16) return launch_dtype<DType::kFloat16>(args, stream);
-  const LaunchShape shape{.blocks = unit_count(args.segments, kPlainRows),
-                          .blocks_y = column_blocks(args, kPlainColumns),
+  const int columns = column_blocks(args, kPlainColumns);
+  const LaunchShape shape{.blocks = unit_blocks(args.segments, kPlainRows, columns),
+                          .blocks_y = columns,
                           .threads = kThreads,
                           .overlaps = true};
   return FASTLORA_LAUNCH(segmented_expand_float, shape, args, stream);

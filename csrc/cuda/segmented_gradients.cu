@@ -32,9 +32,9 @@ struct Work {
   int begin, end;    // positions
 };
 
-// False where there is nothing to do.
-FASTLORA_DEVICE bool find_work(const GradientArgs& args, int columns, int ranks, Work* out) {
-  const Unit unit = find_unit<false>(args.segments, block_index(), args.row_share, &out->segment);
+// Of unit `number`. False where there is nothing to do.
+FASTLORA_DEVICE bool find_work(const GradientArgs& args, int number, int columns, int ranks, Work* out) {
+  const Unit unit = find_unit<false>(args.segments, number, args.row_share, &out->segment);
   if (unit.count == 0 || unit.slot < 0) return false;
   int block = block_index_y(), which = 0;
   for (; which + 1 < args.count; ++which) {
@@ -209,10 +209,13 @@ struct Gradients {
 template <DType D, int kTiles>
 FASTLORA_KERNEL(kThreads, 1)
 segmented_gradients(FASTLORA_PARAMETER GradientArgs args) {
-  Work work;
-  if (!find_work(args, kColumns, 16 * kTiles, &work)) return;
-  Gradients<D, kTiles> gradients{args, work};
-  gradients.run();
+  for (int unit = block_index(); !past_units(args.segments, unit, args.row_share); unit += block_count()) {
+    Work work;
+    if (!find_work(args, unit, kColumns, 16 * kTiles, &work)) continue;
+    const Gradients<D, kTiles> gradients{args, work};
+    gradients.run();
+    sync_threads();  // the sums have been read
+  }
 }
 
 // ---- float32 ------------------------------------------------------------------------------------------------
@@ -220,10 +223,7 @@ segmented_gradients(FASTLORA_PARAMETER GradientArgs args) {
 constexpr int kPlainRanks = 8;
 
 // A thread has a column and kPlainRanks ranks.
-FASTLORA_KERNEL(kThreads, 2)
-segmented_gradients_float(FASTLORA_PARAMETER GradientArgs args) {
-  Work work;
-  if (!find_work(args, kThreads, kPlainRanks, &work)) return;
+FASTLORA_DEVICE void add_rows(const GradientArgs& args, const Work& work) {
   const PoolGradient& g = *work.gradient;
   const int column = work.column + thread_index(), ranks = work.adapter.rank - work.rank;
   if (column >= g.width) return;
@@ -247,6 +247,14 @@ segmented_gradients_float(FASTLORA_PARAMETER GradientArgs args) {
   }
 }
 
+FASTLORA_KERNEL(kThreads, 2)
+segmented_gradients_float(FASTLORA_PARAMETER GradientArgs args) {
+  for (int unit = block_index(); !past_units(args.segments, unit, args.row_share); unit += block_count()) {
+    Work work;
+    if (find_work(args, unit, kThreads, kPlainRanks, &work)) add_rows(args, work);
+  }
+}
+
 // ---- launches -----------------------------------------------------------------------------------------------
 
 int work_blocks(const GradientArgs& args, int columns, int ranks) {
@@ -259,8 +267,9 @@ int work_blocks(const GradientArgs& args, int columns, int ranks) {
 
 template <DType D, int kTiles>
 Status launch_as(const GradientArgs& args, void* stream) {
-  const LaunchShape shape{.blocks = unit_count(args.segments, args.row_share),
-                          .blocks_y = work_blocks(args, kColumns, 16 * kTiles),
+  const int work = work_blocks(args, kColumns, 16 * kTiles);
+  const LaunchShape shape{.blocks = unit_blocks(args.segments, args.row_share, work),
+                          .blocks_y = work,
                           .threads = kThreads,
                           .shared_bytes = kSharedBytes<kTiles>};
   return FASTLORA_LAUNCH((segmented_gradients<D, kTiles>), shape, args, stream);
@@ -278,9 +287,9 @@ Status launch_dtype(const GradientArgs& args, void* stream) {
 Status launch_segmented_gradients(const GradientArgs& args, DType dtype, void* stream) {
   if (dtype == DType::kBFloat16) return launch_dtype<DType::kBFloat16>(args, stream);
   if (dtype == DType::kFloat16) return launch_dtype<DType::kFloat16>(args, stream);
-  const LaunchShape shape{.blocks = unit_count(args.segments, args.row_share),
-                          .blocks_y = work_blocks(args, kThreads, kPlainRanks),
-                          .threads = kThreads};
+  const int work = work_blocks(args, kThreads, kPlainRanks);
+  const LaunchShape shape{
+      .blocks = unit_blocks(args.segments, args.row_share, work), .blocks_y = work, .threads = kThreads};
   return FASTLORA_LAUNCH(segmented_gradients_float, shape, args, stream);
 }
 

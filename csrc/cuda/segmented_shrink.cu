@@ -37,12 +37,8 @@ FASTLORA_DEVICE void store_inner(const ShrinkArgs& args, int split, int position
 }
 
 template <DType D, int kColumns, int kTiles>
-FASTLORA_KERNEL(kThreads, 1)
-segmented_shrink(FASTLORA_PARAMETER ShrinkArgs args) {
+FASTLORA_DEVICE void shrink_tile(const ShrinkArgs& args, const Unit& tile) {
   constexpr int kXRows = 8 * kColumns, kARows = 16 * kTiles;
-  let_next_launch_begin();
-  const Unit tile = find_tile(args.segments, block_index(), kXRows);
-  if (tile.count == 0) return;
   const SliceBlock at = rank_block(args.slices, kARows);
   const SliceView& slice = args.slices.of[at.slice];
   const Adapter adapter = adapter_of(args.slices, at.slice, tile.slot);
@@ -121,16 +117,24 @@ segmented_shrink(FASTLORA_PARAMETER ShrinkArgs args) {
   }
 }
 
+template <DType D, int kColumns, int kTiles>
+FASTLORA_KERNEL(kThreads, 1)
+segmented_shrink(FASTLORA_PARAMETER ShrinkArgs args) {
+  let_next_launch_begin();
+  for (int unit = block_index(); !past_units(args.segments, unit, 8 * kColumns); unit += block_count()) {
+    const Unit tile = find_tile(args.segments, unit, 8 * kColumns);
+    if (tile.count == 0) continue;
+    shrink_tile<D, kColumns, kTiles>(args, tile);
+    sync_threads();  // the sums have been read
+  }
+}
+
 // ---- float32 ------------------------------------------------------------------------------------------------
 
 constexpr int kPlainRanks = 16;
 
 // A warp has one row of x and kPlainRanks rows of the pool; lanes take every 32nd four columns, or columns.
-FASTLORA_KERNEL(kThreads, 1)
-segmented_shrink_float(FASTLORA_PARAMETER ShrinkArgs args) {
-  let_next_launch_begin();
-  const Unit tile = find_tile(args.segments, block_index(), kWarps);
-  if (warp_index() >= tile.count) return;
+FASTLORA_DEVICE void shrink_row(const ShrinkArgs& args, const Unit& tile) {
   const SliceBlock at = rank_block(args.slices, kPlainRanks);
   const SliceView& slice = args.slices.of[at.slice];
   const Adapter adapter = adapter_of(args.slices, at.slice, tile.slot);
@@ -167,6 +171,15 @@ segmented_shrink_float(FASTLORA_PARAMETER ShrinkArgs args) {
   }
 }
 
+FASTLORA_KERNEL(kThreads, 1)
+segmented_shrink_float(FASTLORA_PARAMETER ShrinkArgs args) {
+  let_next_launch_begin();
+  for (int unit = block_index(); !past_units(args.segments, unit, kWarps); unit += block_count()) {
+    const Unit tile = find_tile(args.segments, unit, kWarps);
+    if (warp_index() < tile.count) shrink_row(args, tile);
+  }
+}
+
 // ---- launches -----------------------------------------------------------------------------------------------
 
 int rank_blocks(const Slices& slices, int per) {
@@ -177,8 +190,9 @@ int rank_blocks(const Slices& slices, int per) {
 
 template <DType D, int kColumns, int kTiles>
 Status launch_as(const ShrinkArgs& args, void* stream) {
-  const LaunchShape shape{.blocks = unit_count(args.segments, 8 * kColumns),
-                          .blocks_y = rank_blocks(args.slices, 16 * kTiles),
+  const int ranks = rank_blocks(args.slices, 16 * kTiles);
+  const LaunchShape shape{.blocks = unit_blocks(args.segments, 8 * kColumns, ranks * args.splits),
+                          .blocks_y = ranks,
                           .blocks_z = args.splits,
                           .threads = kThreads,
                           .shared_bytes = kSharedBytes<kColumns, kTiles>};
@@ -202,8 +216,9 @@ Status launch_dtype(const ShrinkArgs& args, void* stream) {
 Status launch_segmented_shrink(const ShrinkArgs& args, DType dtype, void* stream) {
   if (dtype == DType::kBFloat16) return launch_dtype<DType::kBFloat16>(args, stream);
   if (dtype == DType::kFloat16) return launch_dtype<DType::kFloat16>(args, stream);
-  const LaunchShape shape{.blocks = unit_count(args.segments, kWarps),
-                          .blocks_y = rank_blocks(args.slices, kPlainRanks),
+  const int ranks = rank_blocks(args.slices, kPlainRanks);
+  const LaunchShape shape{.blocks = unit_blocks(args.segments, kWarps, ranks * args.splits),
+                          .blocks_y = ranks,
                           .blocks_z = args.splits,
                           .threads = kThreads};
   return FASTLORA_LAUNCH(segmented_shrink_float, shape, args, stream);
