@@ -16,10 +16,11 @@ from cuda_segmented_cases import (
     route,
 )
 from linear_cases import Weight, make_weight
-from tolerances import TOLERANCES, linear_bound
+from segmented_cases import ROUTINGS, Case, bounds, make_inputs
+from tolerances import TOLERANCES, assert_within, linear_bound
 from torch import Tensor
 
-from fastlora import cuda_linear
+from fastlora import cuda_linear, reference
 from fastlora import cuda_segmented as segmented
 
 emulator = pytest.importorskip("fastlora._emulator", reason="this build holds no emulator")
@@ -529,3 +530,46 @@ def test_more_adapters_than_blocks() -> None:
             check_products(t, slots, dtype)
         assert max(it.grid[0] for it in launches) < 1200
     check_pools(t, slots, torch.bfloat16)
+
+
+# --- the ops themselves -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", devices.EMULATED)
+@pytest.mark.parametrize("dtype", FLOATS[:2], ids=lambda d: str(d)[6:])
+def test_ops_on_a_device_match_the_reference(name: str, dtype: torch.dtype) -> None:
+    """Past the dispatcher's checks, y in place; rows of the pools that no slot owns are NaN."""
+    inputs = make_inputs(Case(ROUTINGS["zipf"], k=80, ns=(40, 24), dtype=dtype), weight=True)
+    op, dense = torch.ops.fastlora, inputs.weight.dense
+    y, dx = inputs.y.clone(), inputs.dx.clone()
+    with devices.device(name):
+        order, segments = op.lora_route(inputs.slots, len(inputs.case.ranks))
+        u = op.segmented_lora(inputs.x, *inputs.adapters, y)
+        v = op.segmented_lora_grad_input(inputs.dy, *inputs.adapters, dx)
+        da, db = op.segmented_lora_grad_pools(inputs.x, inputs.dy, u, v, *inputs.adapters)
+        multi_y, multi_u = op.nf4_multi_lora_linear(*inputs.linear())
+        multi_dx, multi_v = op.nf4_multi_lora_grad_input(*inputs.grad_input())
+    assert torch.equal(order, inputs.order)
+    assert torch.equal(segments, inputs.segments)
+    assert torch.equal(u, multi_u)
+    assert torch.equal(v, multi_v)
+    frobenius = TOLERANCES[dtype].frobenius
+    want, want_u = reference.segmented_lora(inputs.x, *inputs.adapters, inputs.y)
+    bound, u_bound = bounds(inputs, False, want)
+    assert_within("u", u, want_u, u_bound, frobenius)
+    assert_within("y", y, want, bound, frobenius)
+    want, want_v = reference.segmented_lora_grad_input(inputs.dy, *inputs.adapters, inputs.dx)
+    bound, v_bound = bounds(inputs, True, want)
+    assert_within("v", v, want_v, v_bound, frobenius)
+    assert_within("dx", dx, want, bound, frobenius)
+    wants = reference.segmented_lora_grad_pools(inputs.x, inputs.dy, u, v, *inputs.adapters)
+    for got, side in zip((*da, *db), (*wants[0], *wants[1]), strict=True):
+        assert_within("a gradient", got, side, 2**-7 * side.abs() + 1e-4, TOLERANCES[got.dtype].frobenius)
+    want, _ = reference.nf4_multi_lora_linear(inputs.x, dense, inputs.bias, *inputs.adapters)
+    bound, _ = bounds(inputs, False, want)
+    bound = bound + linear_bound(inputs.x, dense, None, None, 1.0, want, dtype)
+    assert_within("y beside a weight", multi_y, want, bound, frobenius)
+    want, _ = reference.nf4_multi_lora_grad_input(inputs.dy, dense, *inputs.adapters)
+    bound, _ = bounds(inputs, True, want)
+    bound = bound + linear_bound(inputs.dy, dense.T, None, None, 1.0, want, dtype)
+    assert_within("dx beside a weight", multi_dx, want, bound, frobenius)
