@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import devices
 import torch
 from tolerances import TOLERANCES
 from torch import Tensor
@@ -166,3 +167,49 @@ def expected_pools(
             bound = TOLERANCES[torch.float32].products * magnitudes + 2 * rounding * want.abs()
             sides[side].append(Result(want, bound))
     return sides
+
+
+# --- what the tests share -----------------------------------------------------------------------------------
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+MIXED = (1, 3, 8, 0, 16, 17, 64, 5, 16)
+
+
+def device(seed: int = 1) -> devices.EmulatedDevice:
+    return devices.EmulatedDevice(seed)
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
+    """NaN everywhere: what is not written is seen."""
+    return torch.full(shape, torch.nan, dtype=dtype)
+
+
+def check(name: str, got: Tensor, result: Result, dtype: torch.dtype) -> None:
+    error = (got.double() - result.want).abs()
+    bound = result.bound + TOLERANCES[dtype].smallest
+    outside = ~(error <= bound)
+    if bool(outside.any()):
+        where = tuple(outside.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{name}{list(where)} is {got[where].item():.9g}, expected {result.want[where].item():.9g} "
+            f"within {bound[where].item():.3g} ({int(outside.sum())} of {got.numel()} are outside)"
+        )
+
+
+def some_slots(m: int, capacity: int, seed: int = 0, low: int = -1) -> list[int]:
+    return torch.randint(low, capacity, (m,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+SLOTS = {
+    "empty": [],
+    "none": [-1] * 20,
+    "one_each": [4, 0, 8, 2, 6, 1, 7, 5, 3],
+    "one_row": [6],
+    "skewed": [6] * 40 + [0] + [-1] + [2] * 2 + [6] * 9,
+    "unsorted": some_slots(45, 9),
+    "outside": [99, 6, -5, 9, 1, 2**20, 6],
+}
