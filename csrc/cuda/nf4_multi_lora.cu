@@ -106,7 +106,7 @@ Status run(const Call& c) {
   args.inner = c.inner;
   args.segments = segments_of(c.routing);
   args.slices = slices_of(c.table, c.weight.k, !c.grad, !c.grad);
-  args.inner_pairs = whole_pairs(c.inner, args.slices);
+  args.inner_quads = whole_quads(c.inner, args.slices);
   for (int j = 0; j < args.slices.count; ++j) {
     args.slices.vectors = args.slices.vectors && args.slices.of[j].column % 8 == 0;
   }

@@ -13,7 +13,8 @@ namespace fastlora::cuda {
 // inner is u (or v): (m, slices.ranks), in the order of the routing; factor is not used.
 struct RoutedArgs : ProductArgs {
   Segments segments;
-  Slices slices;  // forward the b pools, whose slices are columns of y; for the input's gradient the a pools
+  Slices slices;     // forward the b pools, whose slices are columns of y; for the input's gradient the a pools
+  bool inner_quads;  // ranks of a slice lie in fours at multiples of 8 bytes
 };
 template <class Args>
 inline constexpr bool kIsRouted = std::is_same_v<Args, RoutedArgs>;
@@ -131,7 +132,8 @@ class LowRankWalk {
 };
 
 // The factor's part in a step's left operands: kCount (2, 4, 8) adjacent columns from `column` of the result on,
-// as pairs, of ranks 2 * quad, the next, and those 8 on; times the scale, rounded to D, as s·B is.
+// as pairs, of ranks 4 * quad and the next three; times the scale, rounded to D, as s·B is. Any order of ranks
+// will do, if u has the same.
 template <DType D, int kCount>
 FASTLORA_DEVICE void load_factor(const RoutedArgs& args, const LowRankStep& step, int column,
                                  uint32_t (&out)[4][kCount / 2] FASTLORA_AT) {
@@ -139,7 +141,7 @@ FASTLORA_DEVICE void load_factor(const RoutedArgs& args, const LowRankStep& step
   const int first = column - slice.column;  // may be outside, on either side
   FASTLORA_UNROLL
   for (int q = 0; q < 4; ++q) {
-    const int rank = 2 * (lane_index() % 4) + q % 2 + q / 2 * 8;
+    const int rank = 4 * (lane_index() % 4) + q;
     const bool inside = rank < step.ranks;
     const int64_t from = static_cast<int64_t>(step.pool_row + rank) * slice.width + first;
     if (args.slices.vectors && args.slices.dtype == D && inside && first >= 0 && first + kCount <= slice.width) {
@@ -174,23 +176,10 @@ FASTLORA_DEVICE void load_factor(const RoutedArgs& args, const LowRankStep& step
 // A step's right operand for the 8 positions from `position` on: zero where they are another adapter's.
 FASTLORA_DEVICE void adapter_operand(const RoutedArgs& args, const LowRankStep& step, int position,
                                      uint32_t (&b)[2] FASTLORA_AT) {
-  const int row = position + lane_index() / 4;
-  const bool inside = row >= step.begin && row < step.end;
-  FASTLORA_UNROLL
-  for (int h = 0; h < 2; ++h) {
-    const int rank = 2 * (lane_index() % 4) + 8 * h;
-    b[h] = 0;
-    if (!inside || rank >= step.ranks) continue;
-    const auto* from = static_cast<const uint16_t*>(args.inner) + static_cast<int64_t>(row) * args.slices.ranks +
-                       step.rank_at + rank;
-    const bool second = rank + 1 < step.ranks;  // else that is another's
-    if (second && args.inner_pairs) {
-      b[h] = load_global(reinterpret_cast<const uint32_t*>(from) FASTLORA_HERE);
-    } else {
-      b[h] = load_global(from FASTLORA_HERE);
-      if (second) b[h] |= static_cast<uint32_t>(load_global(from + 1 FASTLORA_HERE)) << 16;
-    }
-  }
+  const int row = position + lane_index() / 4, rank = 4 * (lane_index() % 4);
+  const auto* from = static_cast<const uint16_t*>(args.inner) + static_cast<int64_t>(row) * args.slices.ranks +
+                     step.rank_at + rank;
+  load_ranks(from, row >= step.begin && row < step.end ? step.ranks - rank : 0, args.inner_quads, b FASTLORA_HERE);
 }
 
 }  // namespace fastlora::cuda

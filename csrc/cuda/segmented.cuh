@@ -155,6 +155,23 @@ FASTLORA_DEVICE Adapter adapter_of(const Slices& slices, int slice, int slot FAS
   return {first, rank, slices.scaling == nullptr ? 1.0f : load_global(slices.scaling + cell FASTLORA_HERE)};
 }
 
+// Four adjacent ranks of u, which the launch before wrote, as two pairs; those from `valid` on are another's, and
+// zero here. `quads`: the address is a multiple of 8.
+FASTLORA_DEVICE void load_ranks(const uint16_t* from, int valid, bool quads, uint32_t (&out)[2] FASTLORA_AT) {
+  if (quads && valid >= 4) {
+    const Words2 two = load_global(reinterpret_cast<const Words2*>(from) FASTLORA_HERE);
+    out[0] = two.w[0];
+    out[1] = two.w[1];
+    return;
+  }
+  FASTLORA_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t low = 2 * i < valid ? load_global(from + 2 * i FASTLORA_HERE) : 0;
+    const uint32_t high = 2 * i + 1 < valid ? load_global(from + 2 * i + 1 FASTLORA_HERE) : 0;
+    out[i] = low | high << 16;
+  }
+}
+
 // Slice and block within it, of blocks that are `per` columns or ranks each, slices one after another.
 struct SliceBlock {
   int slice, first;

@@ -28,17 +28,6 @@ FASTLORA_DEVICE Range block_range(const ExpandArgs& args, int per) {
   return {at.slice, 1, at.first};
 }
 
-// Ranks `rank` and the next of u at a position, whose columns from `ranks` on are another's.
-FASTLORA_DEVICE uint32_t u_pair(const ExpandArgs& args, int position, int rank_at, int rank, int ranks) {
-  if (rank >= ranks) return 0;
-  const auto* from =
-      static_cast<const uint16_t*>(args.u) + static_cast<int64_t>(position) * args.slices.ranks + rank_at + rank;
-  const bool second = rank + 1 < ranks;
-  if (second && args.u_pairs) return load_global(reinterpret_cast<const uint32_t*>(from));
-  const uint32_t low = load_global(from);
-  return second ? low | static_cast<uint32_t>(load_global(from + 1)) << 16 : low;
-}
-
 // y[index ..] += scale * sums, of which `valid` are columns of y.
 template <DType D, int kCount>
 FASTLORA_DEVICE void add_to(void* y, int64_t index, int valid, bool vectors, float scale,
@@ -74,12 +63,12 @@ struct Expand {
   const int column = range.column + warp_index() * kWarpColumns + 8 * group;  // the lane's first
   float sums[4][kColumns][4] = {};
 
-  // Eight columns of ranks r0 + 2 * quad, the next, and those 8 on.
+  // Eight columns of ranks r0 + 4 * quad and the next three: any order of ranks will do, if u has the same.
   FASTLORA_DEVICE void load_factor(const SliceView& slice, const Adapter& adapter, int r0,
                                    Words4 (&out)[4]) const {
     FASTLORA_UNROLL
     for (int q = 0; q < 4; ++q) {
-      const int rank = r0 + 2 * quad + q % 2 + q / 2 * 8;
+      const int rank = r0 + 4 * quad + q;
       out[q] = load_octet<D>(slice.pool, static_cast<int64_t>(adapter.first + rank) * slice.width + column,
                              rank < adapter.rank ? slice.width - column : 0, args.slices.dtype,
                              args.slices.vectors, 1.0f);
@@ -96,9 +85,11 @@ struct Expand {
     FASTLORA_UNROLL
     for (int c = 0; c < kColumns; ++c) {
       if (c > 0 && 8 * c >= tile.count) break;
-      const int row = 8 * c + group, ranks = row < tile.count ? adapter.rank : 0;
-      const uint32_t b[2] = {u_pair(args, tile.begin + row, slice.rank_at, r0 + 2 * quad, ranks),
-                             u_pair(args, tile.begin + row, slice.rank_at, r0 + 2 * quad + 8, ranks)};
+      const int row = 8 * c + group, rank = r0 + 4 * quad;
+      const auto* from = static_cast<const uint16_t*>(args.u) +
+                         static_cast<int64_t>(tile.begin + row) * args.slices.ranks + slice.rank_at + rank;
+      uint32_t b[2];
+      load_ranks(from, row < tile.count ? adapter.rank - rank : 0, args.u_quads, b);
       FASTLORA_UNROLL
       for (int i = 0; i < 4; ++i) multiply_tile<D>(sums[i][c], a[i], b);
     }

@@ -17,9 +17,11 @@ constexpr int kRows = 64, kColumns = 128;  // of a tile
 constexpr int kTileBytes = kRows * kColumns * 2;
 constexpr int kRing = 4;
 constexpr int kSmallAt = kRing * kTileBytes;
+constexpr int kSumPitch = kColumns + 4;  // of a rank's sums in the end: a quad's ranks in different banks
 
 template <int kTiles>
 constexpr int kSmallBytes = kRows * 32 * kTiles;
+static_assert(64 * kSumPitch * 4 <= kSmallAt);
 template <int kTiles>
 constexpr int kSharedBytes = kSmallAt + 2 * kSmallBytes<kTiles>;
 
@@ -165,20 +167,22 @@ struct Gradients {
       FASTLORA_UNROLL
       for (int j = 0; j < 4; ++j) {
         const int rank = 8 * tile + 2 * quad + j % 2, column = 16 * warp + group + j / 2 * 8;
-        store_shared(all + rank * kColumns + column, sums[tile][j]);
+        store_shared(all + rank * kSumPitch + column, sums[tile][j]);
       }
     }
     sync_threads();
     for (int i = thread_index(); i < 16 * tiles * kColumns / 8; i += kThreads) {
       const int rank = work.rank + i / (kColumns / 8), column = i % (kColumns / 8) * 8;
       if (rank >= work.adapter.rank || work.column + column >= work.gradient->width) continue;
+      // Four lanes take their second half first, so that eight of them meet in no bank.
+      const auto* from = reinterpret_cast<const Words4*>(all + i / (kColumns / 8) * kSumPitch + column);
+      const bool swapped = lane / 4 % 2 == 1;
+      const Words4 one = load_shared(from + (swapped ? 1 : 0)), two = load_shared(from + (swapped ? 0 : 1));
       float eight[8];
       FASTLORA_UNROLL
-      for (int h = 0; h < 2; ++h) {
-        const Words4 four =
-            load_shared(reinterpret_cast<const Words4*>(all + i / (kColumns / 8) * kColumns + column) + h);
-        FASTLORA_UNROLL
-        for (int j = 0; j < 4; ++j) eight[4 * h + j] = float_of(four.w[j]);
+      for (int j = 0; j < 4; ++j) {
+        eight[j] = float_of(swapped ? two.w[j] : one.w[j]);
+        eight[4 + j] = float_of(swapped ? one.w[j] : two.w[j]);
       }
       store_gradient<8>(args, work, rank, work.column + column, eight);
     }

@@ -91,7 +91,7 @@ struct ExpandArgs {
   int width;
   bool same_columns;  // slices all add to the whole of y, unscaled; else to the columns from their own on
   bool y_vectors;     // rows of y, and slices in them, are whole 16-byte vectors
-  bool u_pairs;       // u of a slice begins at a whole pair
+  bool u_quads;       // u of a slice begins at a multiple of 8 bytes
 };
 // Launched right after the shrink, it overlaps it.
 Status launch_segmented_expand(const ExpandArgs& args, DType dtype, void* stream);
@@ -147,7 +147,7 @@ Slices slices_of(const AdapterTable& table, int64_t k, bool b, bool scaled);
 // u, or v with `grad`: the shrink, and the sum of its parts where there are some.
 int64_t inner_scratch(const SegmentedLoraCudaArgs& args, bool grad);
 Status launch_inner(const SegmentedLoraCudaArgs& args, bool grad);
-// u of every slice begins at a whole pair.
-bool whole_pairs(const void* u, const Slices& slices);
+// u of every slice, in every row, begins at a multiple of 8 bytes.
+bool whole_quads(const void* u, const Slices& slices);
 
 }  // namespace fastlora::cuda

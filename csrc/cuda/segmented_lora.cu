@@ -100,9 +100,9 @@ Slices slices_of(const AdapterTable& table, int64_t k, bool b, bool scaled) {
   return slices;
 }
 
-bool whole_pairs(const void* u, const Slices& slices) {
-  bool whole = slices.ranks % 2 == 0 && aligned(u, 4);
-  for (int j = 0; j < slices.count; ++j) whole = whole && slices.of[j].rank_at % 2 == 0;
+bool whole_quads(const void* u, const Slices& slices) {
+  bool whole = slices.ranks % 4 == 0 && aligned(u, 8);
+  for (int j = 0; j < slices.count; ++j) whole = whole && slices.of[j].rank_at % 4 == 0;
   return whole;
 }
 
@@ -139,7 +139,7 @@ ExpandArgs expand_args(const SegmentedLoraCudaArgs& a, bool grad) {
   args.width = static_cast<int>(grad ? c.k : c.n);
   args.same_columns = grad;
   args.y_vectors = whole_slices(c.y, args.width, args.slices, c.dtype);
-  args.u_pairs = whole_pairs(c.u, args.slices);
+  args.u_quads = whole_quads(c.u, args.slices);
   return args;
 }
 

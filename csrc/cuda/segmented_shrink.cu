@@ -17,8 +17,11 @@ namespace {
 constexpr int kWarps = 8;
 constexpr int kThreads = 32 * kWarps;
 
+// The warps' sums: (warps, rows of x, rows of A), rows of kPitch, so that a quad's rows are in different banks.
+template <int kTiles>
+constexpr int kPitch = 16 * kTiles + 4;
 template <int kColumns, int kTiles>
-constexpr int kSharedBytes = kWarps * 16 * kTiles * 8 * kColumns * 4;
+constexpr int kSharedBytes = kWarps * kPitch<kTiles> * 8 * kColumns * 4;
 
 // Which slice a block has, and the first of its `per` ranks.
 FASTLORA_DEVICE SliceBlock rank_block(const Slices& slices, int per) {
@@ -94,7 +97,7 @@ FASTLORA_DEVICE void shrink_tile(const ShrinkArgs& args, const Unit& tile) {
     }
   }
 
-  auto* all = shared_memory<float>(0);  // (warps, rows of x, rows of A)
+  auto* all = shared_memory<float>(0);
   FASTLORA_UNROLL
   for (int t = 0; t < kTiles; ++t) {
     FASTLORA_UNROLL
@@ -102,16 +105,20 @@ FASTLORA_DEVICE void shrink_tile(const ShrinkArgs& args, const Unit& tile) {
       FASTLORA_UNROLL
       for (int j = 0; j < 4; ++j) {
         const int row = 8 * c + 2 * quad + j % 2, rank = 16 * t + group + j / 2 * 8;
-        store_shared(all + (warp_index() * kXRows + row) * kARows + rank, sums[t][c][j]);
+        store_shared(all + (warp_index() * kXRows + row) * kPitch<kTiles> + rank, sums[t][c][j]);
       }
     }
   }
   sync_threads();
   for (int i = thread_index(); i < kXRows * kARows; i += kThreads) {
-    const int row = i / kARows, rank = i % kARows;
+    // Two rows that a warp reads at once, where a row is half a warp, are 4 apart: in different banks.
+    const int rank = i % kARows;
+    const int row = kTiles > 1 ? i / kARows : i / 128 * 8 + i / 16 % 2 * 4 + i / 32 % 4;
     if (row >= tile.count || at.first + rank >= slice.ranks) continue;
     float sum = 0.0f;
-    for (int w = 0; rank < ranks && w < kWarps; ++w) sum = add(sum, load_shared(all + w * kXRows * kARows + i));
+    for (int w = 0; rank < ranks && w < kWarps; ++w) {
+      sum = add(sum, load_shared(all + (w * kXRows + row) * kPitch<kTiles> + rank));
+    }
     if (rank < ranks) sum = multiply(sum, adapter.scale);
     store_inner<D>(args, split, tile.begin + row, slice.rank_at + at.first + rank, sum);
   }
