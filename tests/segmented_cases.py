@@ -97,8 +97,8 @@ class Inputs:
 
 
 def make_inputs(case: Case, weight: bool = False) -> Inputs:
-    """Adapters in pools, between them rows that no slot owns (NaN: nothing may read them); a slice's ranks are
-    turned by one from the slice before."""
+    """Adapters in pools, between them rows that no slot owns (NaN: nothing may read them); a slice's ranks
+    are turned by one from the slice before."""
     generator = torch.Generator().manual_seed(case.seed)
 
     def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = case.dtype) -> Tensor:

@@ -178,6 +178,18 @@ def test_y_is_known_to_have_changed() -> None:
     assert inputs.y._version > before
 
 
+def test_nothing_is_written_before_an_error() -> None:
+    inputs = make_inputs(Case(ROUTINGS["shuffled"]))
+    y, dx = inputs.y.clone(), inputs.dx.clone()
+    inputs.entries[5, 0] = 10**6
+    with pytest.raises(ValueError, match="expected entries inside a pool"):
+        op.segmented_lora(inputs.x, *inputs.adapters, y)
+    with pytest.raises(ValueError, match="expected entries inside a pool"):
+        op.segmented_lora_grad_input(inputs.dy, *inputs.adapters, dx)
+    assert_same_bits(y, inputs.y, "y")
+    assert_same_bits(dx, inputs.dx, "dx")
+
+
 def test_a_row_keeps_to_its_own_adapter(isa: str) -> None:
     """NaN in one adapter and in one row stay in its rows."""
     inputs = make_inputs(Case((0, 1, 0, 1) * 10, ranks=(16, 16)))

@@ -120,6 +120,20 @@ struct Bf16Level {
     }
   }
 
+  // The same with the columns as they are.
+  static void pack_pair_in_order(const uint16_t* even, const uint16_t* odd, uint8_t* const* out) {
+    alignas(64) static constexpr uint16_t kPairs[64] = {
+        0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+        11, 43, 12, 44, 13, 45, 14, 46, 15, 47, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53,
+        22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63};
+    const __m512i low = _mm512_load_si512(kPairs), high = _mm512_load_si512(kPairs + 32);
+    for (int p = 0; p < kRun / 32; ++p) {
+      const __m512i left = _mm512_load_si512(even + 32 * p), right = _mm512_load_si512(odd + 32 * p);
+      _mm512_store_si512(out[2 * p], _mm512_permutex2var_epi16(left, low, right));
+      _mm512_store_si512(out[2 * p + 1], _mm512_permutex2var_epi16(left, high, right));
+    }
+  }
+
   // Where whole runs have a simple alignment: a run's words and the table its indices are for.
   struct Look {
     __m512i words, table, more;  // more: the codes of blocks 2 and 3 (kWords)

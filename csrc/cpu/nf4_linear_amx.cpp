@@ -6,6 +6,7 @@
 #include "lanes_avx512.h"
 #include "level_avx512_bf16.h"
 #include "segmented_gemm.h"
+#include "segmented_many.h"
 
 namespace fastlora::cpu {
 namespace {
@@ -106,6 +107,14 @@ Status nf4_multi_lora_linear_amx_emulated(const Nf4MultiLoraLinearArgs& args, co
 Status nf4_multi_lora_grad_input_amx_emulated(const Nf4MultiLoraGradInputArgs& args, const SegmentedJob& job) {
   return gemm_multi_grad_input<Amx, Avx512Lanes>(args, job);
 }
+Status segmented_expand_many_amx_emulated(const ExpandArgs& args) {
+  using Products = Many<Amx, Avx512Lanes>;
+  return Products::run<Products::Expand>(args);
+}
+Status segmented_outer_many_amx_emulated(const OuterArgs& args) {
+  using Products = Many<Amx, Avx512Lanes>;
+  return Products::run<Products::Outer>(args);
+}
 Status segmented_shrink_gemm_amx_emulated(const ShrinkArgs& args) { return gemm_shrink<Amx>(args); }
 #else
 Status nf4_linear_amx(const Nf4LinearArgs& args) { return gemm_linear<Amx>(args); }
@@ -115,6 +124,14 @@ Status nf4_multi_lora_linear_amx(const Nf4MultiLoraLinearArgs& args, const Segme
 }
 Status nf4_multi_lora_grad_input_amx(const Nf4MultiLoraGradInputArgs& args, const SegmentedJob& job) {
   return gemm_multi_grad_input<Amx, Avx512Lanes>(args, job);
+}
+Status segmented_expand_many_amx(const ExpandArgs& args) {
+  using Products = Many<Amx, Avx512Lanes>;
+  return Products::run<Products::Expand>(args);
+}
+Status segmented_outer_many_amx(const OuterArgs& args) {
+  using Products = Many<Amx, Avx512Lanes>;
+  return Products::run<Products::Outer>(args);
 }
 Status segmented_shrink_gemm_amx(const ShrinkArgs& args) { return gemm_shrink<Amx>(args); }
 #endif

@@ -67,17 +67,21 @@ struct ShrinkMany {
   const ShrinkArgs& a;
   Status status = Status::kOk;
 
-  static constexpr int64_t kRows = 64;  // of a unit
+  // Of a unit: many share the packing of the adapter, but there should be some units for every thread.
+  int64_t unit_rows() const {
+    return max64(32, min64(128, round_up(a.job.routed / (4 * max64(1, a.job.threads)), 32)));
+  }
 
   template <class Body>
   void each_unit(Body&& body) const {
+    const int64_t most = unit_rows();
     for (int64_t s = 0; s < a.job.segments; ++s) {
       const Segment segment = a.job.segment(s);
       if (segment.count < a.many) continue;
       for (int64_t j = 0; j < a.job.table.slices; ++j) {
         if (a.job.rank(j, segment.slot) == 0) continue;
-        for (int64_t i = 0; i < segment.count; i += kRows) {
-          if (!body(segment, j, segment.begin + i, min64(kRows, segment.count - i))) return;
+        for (int64_t i = 0; i < segment.count; i += most) {
+          if (!body(segment, j, segment.begin + i, min64(most, segment.count - i))) return;
         }
       }
     }

@@ -64,9 +64,11 @@ struct ExpandArgs {
   const SegmentedJob& job;
   const Side& side;
   const void* narrow;
-  void* out;      // (m, side.ld), dtype, or null
-  float* addend;  // else (m, side.ld) in float32: rows that have an adapter are written
+  int64_t row_begin, row_end;  // of the batch: only these, and `out` and `addend` begin with the first
+  void* out;                   // (rows, side.ld), dtype, or null
+  float* addend;               // else (rows, side.ld) in float32: rows that have an adapter are written
   bool scaled;
+  int64_t many;  // segments of so many rows and more are the blocked products'
 };
 
 // out[j] like pool j: rows of a slot are Σ narrowᵀ·wide over its rows, times the scaling if `scaled`.
@@ -77,6 +79,7 @@ struct OuterArgs {
   const void* wide;
   void* const* out;
   bool scaled;
+  int64_t many;
 };
 
 Status segmented_shrink_scalar(const ShrinkArgs& args);
@@ -94,6 +97,12 @@ Status segmented_shrink_gemm_avx512(const ShrinkArgs& args);
 Status segmented_shrink_gemm_avx512_bf16(const ShrinkArgs& args);  // bfloat16 x only
 Status segmented_shrink_gemm_amx(const ShrinkArgs& args);          // bfloat16 x only
 Status segmented_shrink_gemm_amx_emulated(const ShrinkArgs& args);
+
+// All of the batch, bfloat16 x only.
+Status segmented_expand_many_amx(const ExpandArgs& args);
+Status segmented_expand_many_amx_emulated(const ExpandArgs& args);
+Status segmented_outer_many_amx(const OuterArgs& args);
+Status segmented_outer_many_amx_emulated(const OuterArgs& args);
 
 // The fused layer, u (v) given.
 Status nf4_multi_lora_linear_avx2(const Nf4MultiLoraLinearArgs& args, const SegmentedJob& job);

@@ -300,6 +300,7 @@ struct Segmented {
     void each_unit(Body&& body) const {
       for (int64_t s = 0; s < a.job.segments; ++s) {
         const Segment segment = a.job.segment(s);
+        if (segment.count >= a.many) continue;
         for (int64_t target = 0; target < targets(); ++target) {
           const int64_t steps = steps_of(target, segment.slot);
           if (steps == 0) continue;
@@ -322,7 +323,7 @@ struct Segmented {
       const SegmentedJob& job = a.job;
       const int64_t most = min64(segment.count, max64(kTile, kWeights / steps / kTile * kTile));
       Scratch scratch;
-      if (!take(most * steps, steps, scratch)) {
+      if (!take(most * (steps + 1), steps, scratch)) {
         __atomic_store_n(&out_of_memory, true, __ATOMIC_RELAXED);
         return;
       }
@@ -334,21 +335,18 @@ struct Segmented {
               static_cast<const char*>(a.side.pool[j]) + (job.first(j, segment.slot) + q) * cols * bytes;
         }
       }
-      for (int64_t i0 = 0; i0 < segment.count; i0 += most) {
-        const int64_t rows = min64(most, segment.count - i0), position = segment.begin + i0;
-        for (int64_t i = 0; i < rows; ++i) {
-          float* to = scratch.weights + i * steps;
-          for (int64_t j = target; j < end_of(target); ++j) {
-            const float scale = a.scaled ? job.scaling(j, segment.slot) : 1.0f;
-            const int64_t from = (position + i) * job.narrow_ld + job.narrow_at[j];
-            for (int64_t q = 0; q < job.rank(j, segment.slot); ++q) {
-              *to++ = scale * load_as_float(a.narrow, from + q, job.dtype);
-            }
-          }
+      auto* chosen = reinterpret_cast<int32_t*>(scratch.weights + most * steps);
+      for (int64_t i = 0; i < segment.count;) {
+        int64_t rows = 0;
+        for (; rows < most && i < segment.count; ++i) {
+          const int64_t position = segment.begin + i, row = job.row(position);
+          if (row < a.row_begin || row >= a.row_end) continue;
+          chosen[rows] = static_cast<int32_t>(row - a.row_begin);
+          weights_of(segment, target, position, scratch.weights + rows++ * steps);
         }
         weigh_all(rows, scratch.weights, steps, scratch.rows, steps, c0, c1, job.table.dtype,
-                  [&](int64_t i, int64_t c, Vec sum, int64_t lanes) {
-                    const int64_t at = job.row(position + i) * a.side.ld + a.side.column[target] + c;
+                  [&](int64_t row, int64_t c, Vec sum, int64_t lanes) {
+                    const int64_t at = chosen[row] * a.side.ld + a.side.column[target] + c;
                     if (a.out == nullptr) {
                       V::store(a.addend + at, DType::kFloat32, sum, lanes);
                       return;
@@ -356,6 +354,16 @@ struct Segmented {
                     void* to = element_ptr(a.out, at, job.dtype);
                     V::store(to, job.dtype, V::add(V::load(to, job.dtype, lanes), sum), lanes);
                   });
+      }
+    }
+
+    void weights_of(const Segment& segment, int64_t target, int64_t position, float* to) const {
+      for (int64_t j = target; j < end_of(target); ++j) {
+        const float scale = a.scaled ? a.job.scaling(j, segment.slot) : 1.0f;
+        const int64_t from = position * a.job.narrow_ld + a.job.narrow_at[j];
+        for (int64_t q = 0; q < a.job.rank(j, segment.slot); ++q) {
+          *to++ = scale * load_as_float(a.narrow, from + q, a.job.dtype);
+        }
       }
     }
 
@@ -389,6 +397,7 @@ struct Segmented {
     void each_unit(Body&& body) const {
       for (int64_t s = 0; s < a.job.segments; ++s) {
         const Segment segment = a.job.segment(s);
+        if (segment.count >= a.many) continue;
         for (int64_t j = 0; j < a.job.table.slices; ++j) {
           if (a.job.rank(j, segment.slot) == 0) continue;
           for (int64_t c = 0; c < a.side.cols[j]; c += kBlock) {

@@ -319,6 +319,7 @@ int main() {
   test_numeric();
   test_format();
   test_linear();
+  test_segmented();
   test_lora_dropout();
   test_concurrency();
   test_scratch();

@@ -1,8 +1,8 @@
 """Operators of many adapters in one batch, as in ops.py: ``lora_route``, ``segmented_lora*``,
 ``nf4_multi_lora_*``.
 
-Row i of x uses the adapter of slot ``slots[i]``, or none (-1). The adapters of a table lie in two pools, as
-rows of ``a`` (R, k) and rows of ``b`` (R, n), which is B transposed; ``entries`` says which rows are a slot's.
+Row i of x uses the adapter of slot ``slots[i]``, or none (-1). The adapters of a table lie in two pools,
+rows of ``a`` (R, k) and of ``b`` (R, n), which is B transposed; ``entries`` says which rows are a slot's.
 A packed layer has a pair of pools for each slice of its out_features. See fastlora/segmented_lora.h.
 """
 
