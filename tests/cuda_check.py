@@ -81,7 +81,7 @@ SLOW_WAYS_INSIDE = r"lora_|segmented_|.*(kRagged|, true)>"
 DESIGNED = (
     (r"nf4_(linear|multi)_decode<\w+, 2>", {"80": 2, "90a": 3, "100": 3}),
     (r"nf4_(linear|multi)_decode<\w+, 1>", {"80": 2, "90a": 2, "100": 2}),
-    (r"nf4_(linear|multi)_tile<\w+, [24], ", {"90a": 2, "100": 2}),
+    (r"nf4_(linear_tile<\w+, [24]|multi_tile<\w+, 2), ", {"90a": 2, "100": 2}),
     (r"nf4_(linear|multi)_grad_input_tile<\w+, [12], ", {"90a": 2, "100": 2}),
 )
 

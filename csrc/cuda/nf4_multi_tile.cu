@@ -7,8 +7,9 @@
 namespace fastlora::cuda {
 namespace {
 
+// Of 32 rows one block a processor: gathering them takes the registers that a second one would need.
 template <DType D, int kColumns, Scaling kScaling>
-FASTLORA_KERNEL(kTileThreads, kColumns <= 4 ? 2 : 1)
+FASTLORA_KERNEL(kTileThreads, kColumns <= 2 ? 2 : 1)
 nf4_multi_tile(FASTLORA_PARAMETER RoutedArgs args) {
   Tile<D, kColumns, kScaling, RoutedArgs> tile(args);
   tile.multiply_base();
