@@ -1,6 +1,8 @@
 // The CUDA entry points as Python functions.
 #include "bindings.h"
 
+#include <type_traits>
+
 #include "fastlora/cuda.h"
 
 namespace py = pybind11;
@@ -171,6 +173,154 @@ int32_t bind_lora_dropout(uintptr_t x, uintptr_t seed, uintptr_t out, int64_t co
                                                  .stream = at<void>(stream)}));
 }
 
+// ---- many adapters: as many arguments as there are slices, read in turn --------------------------------------
+
+class Arguments {
+ public:
+  explicit Arguments(const py::args& args) : args_(args) {}
+  template <class T>
+  T* at() {
+    return fastlora::at<T>(next<uintptr_t>());
+  }
+  template <class T = int64_t>
+  T next() {
+    return args_[taken_++].cast<T>();
+  }
+  DType dtype() { return static_cast<DType>(next<int32_t>()); }
+
+ private:
+  const py::args& args_;
+  size_t taken_ = 0;
+};
+
+// Addresses of kMaxSlices pools, of which those past the last slice are null.
+void read_pools(Arguments& from, AdapterTable& table) {
+  for (AdapterSlice& slice : table.slice) slice.a = from.at<const void>();
+  for (AdapterSlice& slice : table.slice) slice.b = from.at<const void>();
+}
+void read_routing(Arguments& from, AdapterTable& table, Routing& routing) {
+  table.entries = from.at<const int32_t>();
+  table.scaling = from.at<const float>();
+  routing.order = from.at<const int32_t>();
+  routing.segments = from.at<const int32_t>();
+}
+// m, rows of the segments, capacity, slices, the pools' dtype; then rows, n and width of each slice.
+void read_sizes(Arguments& from, AdapterTable& table, Routing& routing) {
+  routing.m = from.next();
+  routing.segment_rows = from.next();
+  table.capacity = from.next();
+  table.slices = from.next<int32_t>();
+  table.dtype = from.dtype();
+  for (int j = 0; j < table.slices && j < kMaxSlices; ++j) {
+    table.slice[j].rows = from.next();
+    table.slice[j].n = from.next();
+    table.slice[j].width = from.next();
+  }
+}
+
+template <auto kRun>
+auto bind_lora_route(uintptr_t slots, uintptr_t order, uintptr_t segments, uintptr_t scratch, bool wide, int64_t m,
+                     int64_t capacity, uintptr_t stream) {
+  const LoraRouteCudaArgs args{.call = {.slots = at<const void>(slots),
+                                        .wide = wide,
+                                        .m = m,
+                                        .capacity = capacity,
+                                        .order = at<int32_t>(order),
+                                        .segments = at<int32_t>(segments)},
+                               .scratch = at<void>(scratch),
+                               .stream = at<void>(stream)};
+  return static_cast<int64_t>(kRun(args));
+}
+
+template <auto kRun>
+auto bind_segmented_lora(const py::args& all) {
+  Arguments from(all);
+  SegmentedLoraCudaArgs args{};
+  args.call.x = from.at<const void>();
+  read_pools(from, args.call.table);
+  read_routing(from, args.call.table, args.call.routing);
+  args.call.y = from.at<void>();
+  args.call.u = from.at<void>();
+  args.scratch = from.at<void>();
+  read_sizes(from, args.call.table, args.call.routing);
+  args.call.m = args.call.routing.m;
+  args.call.k = from.next();
+  args.call.n = from.next();
+  args.call.dtype = from.dtype();
+  args.batch_invariant = from.next<bool>();
+  args.stream = from.at<void>();
+  return static_cast<int64_t>(kRun(args));
+}
+
+template <auto kRun>
+auto bind_segmented_lora_grad_pools(const py::args& all) {
+  Arguments from(all);
+  SegmentedLoraGradPoolsCudaArgs args{};
+  args.call.x = from.at<const void>();
+  args.call.dy = from.at<const void>();
+  args.call.u = from.at<const void>();
+  args.call.v = from.at<const void>();
+  read_routing(from, args.call.table, args.call.routing);
+  for (void*& pool : args.call.da) pool = from.at<void>();
+  for (void*& pool : args.call.db) pool = from.at<void>();
+  args.scratch = from.at<void>();
+  read_sizes(from, args.call.table, args.call.routing);
+  args.call.m = args.call.routing.m;
+  args.call.k = from.next();
+  args.call.n = from.next();
+  args.call.dtype = from.dtype();
+  args.stream = from.at<void>();
+  return static_cast<int64_t>(kRun(args));
+}
+
+// `grad`: no bias among the addresses.
+template <class Args>
+Args read_multi_lora(const py::args& all, bool grad) {
+  Arguments from(all);
+  Args args{};
+  const void* x = from.at<const void>();
+  auto* packed = from.at<const uint8_t>();
+  auto* scales = from.at<const uint8_t>();
+  auto* nested = from.at<const uint8_t>();
+  args.map = from.at<const float>();
+  const void* bias = grad ? nullptr : from.at<const void>();
+  read_pools(from, args.call.table);
+  read_routing(from, args.call.table, args.call.routing);
+  void* out = from.at<void>();
+  void* inner = from.at<void>();
+  args.scratch = from.at<void>();
+  read_sizes(from, args.call.table, args.call.routing);
+  args.call.m = args.call.routing.m;
+  const int64_t k = from.next(), n = from.next(), blocksize = from.next();
+  args.call.weight = {
+      .packed = packed, .scales = {.codes = scales, .nested = nested}, .n = n, .k = k, .blocksize = blocksize};
+  args.call.dtype = from.dtype();
+  args.call.batch_invariant = from.next<bool>();
+  args.route = static_cast<CudaRoute>(from.next<int32_t>());
+  args.stream = from.at<void>();
+  if constexpr (std::is_same_v<Args, Nf4MultiLoraLinearCudaArgs>) {
+    args.call.x = x;
+    args.call.bias = bias;
+    args.call.y = out;
+    args.call.u = inner;
+  } else {
+    args.call.dy = x;
+    args.call.dx = out;
+    args.call.v = inner;
+  }
+  return args;
+}
+
+template <auto kRun>
+auto bind_nf4_multi_lora_linear(const py::args& all) {
+  return static_cast<int64_t>(kRun(read_multi_lora<Nf4MultiLoraLinearCudaArgs>(all, false)));
+}
+
+template <auto kRun>
+auto bind_nf4_multi_lora_grad_input(const py::args& all) {
+  return static_cast<int64_t>(kRun(read_multi_lora<Nf4MultiLoraGradInputCudaArgs>(all, true)));
+}
+
 }  // namespace
 
 void bind_cuda(py::module_& m) {
@@ -186,12 +336,27 @@ void bind_cuda(py::module_& m) {
   m.def("lora_gradients_scratch", &bind_lora_gradients<lora_gradients_cuda_scratch>);
   m.def("lora_gradients", &bind_lora_gradients<lora_gradients_cuda>);
   m.def("lora_dropout", &bind_lora_dropout);
+  m.def("lora_route_scratch", &bind_lora_route<lora_route_cuda_scratch>);
+  m.def("lora_route", &bind_lora_route<lora_route_cuda>);
+  m.def("segmented_lora_scratch", &bind_segmented_lora<segmented_lora_cuda_scratch>);
+  m.def("segmented_lora", &bind_segmented_lora<segmented_lora_cuda>);
+  m.def("segmented_lora_grad_input_scratch", &bind_segmented_lora<segmented_lora_grad_input_cuda_scratch>);
+  m.def("segmented_lora_grad_input", &bind_segmented_lora<segmented_lora_grad_input_cuda>);
+  m.def("segmented_lora_grad_pools_scratch",
+        &bind_segmented_lora_grad_pools<segmented_lora_grad_pools_cuda_scratch>);
+  m.def("segmented_lora_grad_pools", &bind_segmented_lora_grad_pools<segmented_lora_grad_pools_cuda>);
+  m.def("nf4_multi_lora_linear_scratch", &bind_nf4_multi_lora_linear<nf4_multi_lora_linear_cuda_scratch>);
+  m.def("nf4_multi_lora_linear", &bind_nf4_multi_lora_linear<nf4_multi_lora_linear_cuda>);
+  m.def("nf4_multi_lora_grad_input_scratch",
+        &bind_nf4_multi_lora_grad_input<nf4_multi_lora_grad_input_cuda_scratch>);
+  m.def("nf4_multi_lora_grad_input", &bind_nf4_multi_lora_grad_input<nf4_multi_lora_grad_input_cuda>);
   m.def("wide_rank_at", &wide_rank_at);
   m.def("wide_size", &wide_size);
   m.def("device_count", &cuda_device_count);
   m.def("processors", &cuda_processors);
   m.def("error", [] { return std::string(cuda_error()); });
   m.attr("quantize_partials") = kQuantizePartials;
+  m.attr("most_slices") = kMaxSlices;
 }
 
 }  // namespace fastlora

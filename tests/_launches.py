@@ -6,6 +6,7 @@ size; names, threads and shared memory are those that csrc/cuda passes to a real
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,6 +96,52 @@ def _call_layer(device: cuda.Device, dtype: torch.dtype) -> None:
             op["lora_grad_a"](device, u, x, torch.float32)
 
 
+def _table(k: int, n: int, rank: int, dtype: torch.dtype) -> tuple[list[Tensor], ...]:
+    """A pair of pools of one slice with two slots."""
+    return [torch.zeros(2 * rank, k, dtype=dtype)], [torch.zeros(2 * rank, n, dtype=dtype)]
+
+
+def _call_adapters(device: cuda.Device, dtype: torch.dtype) -> None:
+    """Every kernel of many adapters: few and many rows, narrow and wide ranks, contractions and segments that
+    are split; beside weights by every kernel that takes adapters."""
+    op = ops.CUDA_OPS
+    entries, scaling = torch.tensor([[0, 1], [1, 1]], dtype=torch.int32), torch.ones(2)
+
+    def routed(m: int) -> tuple[Tensor, Tensor]:
+        op["lora_route"](device, torch.zeros(m, dtype=torch.int32), 2)
+        return torch.zeros(m, dtype=torch.int32), torch.zeros(min(m, 2) + 1, 2, dtype=torch.int32)
+
+    for m, k in ((4, 128), (4, 2048), (4096, 64)):
+        for rank in (16, 64):
+            a, b = _table(k, 64, rank, dtype)
+            adapters = (a, b, entries, scaling, *routed(m), [rank])
+            x, dy = torch.zeros(m, k, dtype=dtype), torch.zeros(m, 64, dtype=dtype)
+            u, v = (torch.zeros(m, rank, dtype=dtype) for _ in range(2))
+            op["segmented_lora"](device, x, *adapters, dy)
+            op["segmented_lora_grad_input"](device, dy, *adapters, x)
+            op["segmented_lora_grad_pools"](device, x, dy, u, v, *adapters)
+    if dtype is torch.float32:
+        return
+    for route, rows in {"decode": (1,), "tile": (8, 16, 32, 64)}.items():
+        with cuda_linear.use_route(route):
+            for n, k, blocksize in (
+                (16, 128, 64),
+                (8192, 128, 64),
+                (256, 128, 32),
+                (40, 72, 64),
+                (40, 80, 32),
+            ):
+                packed, scales, nested, _ = blank_weight(n, k, blocksize)
+                for m, invariant in itertools.product(rows, (False, True)):
+                    a, b = _table(k, n, 16, dtype)
+                    adapters = (a, b, entries, scaling, *routed(m), [16], invariant)
+                    x, dy = torch.zeros(m, k, dtype=dtype), torch.zeros(m, n, dtype=dtype)
+                    op["nf4_multi_lora_linear"](device, x, packed, scales, nested, blocksize, None, *adapters)
+                    op["nf4_multi_lora_grad_input"](
+                        device, dy, packed, scales, nested, k, blocksize, *adapters
+                    )
+
+
 def launches_on(arch: str) -> dict[str, set[Launch]]:
     """Kernel by name -> how it is launched on a device of an architecture, 90a, say: once for every size of
     its shared memory. Kernels that are never chosen there are left out."""
@@ -107,6 +154,9 @@ def launches_on(arch: str) -> dict[str, set[Launch]]:
                 _call_dropout(device, dtype)
                 if dtype is not torch.float32:  # whose products are torch's
                     _call_layer(device, dtype)
+            _emulator.set_traits(capability=int(arch.rstrip("af")), processors=8)  # to split segments for
+            for dtype in DTYPE_CODE:
+                _call_adapters(device, dtype)
     finally:
         _emulator.set_traits()  # as at first
     sizes = {(launch.kernel, launch.shared): launch for launch in launches}

@@ -34,20 +34,33 @@ ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 
 # What a kernel must hold: its name, and an instruction; both as regular expressions.
-OF_MATRICES = r"(nf4_linear_(decode|tile|grad_input_tile)|lora_(project|gradients))<"
+OF_MATRICES = (
+    r"(nf4_(linear|multi)_(decode|tile|grad_input_tile)|lora_(project|gradients)|"
+    r"segmented_(shrink|expand|gradients))<"
+)
 EXPECTED = (
     (r"dequantize_flat<", r"STG\.E\.128"),
     (r"nf4_slab<true>", r"STG\.E\.128"),
     (r"quantize<\w+, kAligned>", r"LDG\.E\.128"),
-    (r"(nf4_linear_decode|lora_project)<", r"LDG\.E\.128"),
+    (r"(nf4_(linear|multi)_decode|lora_project|segmented_(shrink|expand))<", r"LDG\.E\.128"),
     (OF_MATRICES + "kBFloat16", r"HMMA\.16816\.F32\.BF16"),
     (OF_MATRICES + "kFloat16", r"HMMA\.16816\.F32$"),
-    (r"(nf4_linear_(decode|tile|grad_input_tile)|lora_gradients)<", r"LDGSTS\."),
-    (r"(nf4_linear_grad_input_tile|lora_gradients)<", r"LDSM\."),
+    (r"segmented_(expand<|gradients<|zero$)", r"STG\.E\.128"),
+    (r"(nf4_(linear|multi)_(decode|tile|grad_input_tile)|(lora|segmented)_gradients)<", r"LDGSTS\."),
+    (r"(nf4_(linear|multi)_grad_input_tile|(lora|segmented)_gradients)<", r"LDSM\."),
     # Where weights are scaled, as pairs. bfloat16 has no product of its own before sm_90: there it is an FMA.
-    (r"nf4_linear_(tile<kBFloat16, .*(kWeights|kRagged)|grad_input_tile<kBFloat16)", r"HFMA2.*\.BF16"),
-    (r"nf4_linear_(tile<kFloat16, .*(kWeights|kRagged)|grad_input_tile<kFloat16)", r"HFMA2(?!.*\.BF16)"),
-    (r"nf4_linear_(tile<kFloat16, .*(kWeights|kRagged)|grad_input_tile<kFloat16)", r"HMUL2(?!.*\.BF16)"),
+    (
+        r"nf4_(?:linear|multi)_(tile<kBFloat16, .*(kWeights|kRagged)|grad_input_tile<kBFloat16)",
+        r"HFMA2.*\.BF16",
+    ),
+    (
+        r"nf4_(?:linear|multi)_(tile<kFloat16, .*(kWeights|kRagged)|grad_input_tile<kFloat16)",
+        r"HFMA2(?!.*\.BF16)",
+    ),
+    (
+        r"nf4_(?:linear|multi)_(tile<kFloat16, .*(kWeights|kRagged)|grad_input_tile<kFloat16)",
+        r"HMUL2(?!.*\.BF16)",
+    ),
 )
 SM90_EXPECTED = r"HGMMA\."  # of every kernel in a file *_sm90.cu
 LOCAL_MEMORY = ("LDL", "STL")
@@ -55,18 +68,21 @@ LOCAL_MEMORY = ("LDL", "STL")
 # A product of 16 x 8 x 16 takes 256 weights, which 32 lanes make. What one may cost a lane, where nothing but
 # the reading of W takes time: name, instructions.
 LANE_WEIGHTS = 8
-MOST_PER_WEIGHT = ((r"nf4_linear_decode<\w+, 2>", 1.8), (r"nf4_linear_decode<\w+, 1>", 1.9))
+MOST_PER_WEIGHT = (
+    (r"nf4_(linear|multi)_decode<\w+, 2>", 1.8),
+    (r"nf4_(linear|multi)_decode<\w+, 1>", 1.9),
+)
 # How much longer than in docs/cuda_kernels.md a loop may be: another version of nvcc is worth a few percent.
 SLACK = 1.15
 # Loops that hold slow ways for addresses off 16 bytes beside the usual one: their length says little.
-SLOW_WAYS_INSIDE = r"lora_|.*(kRagged|, true)>"
+SLOW_WAYS_INSIDE = r"lora_|segmented_|.*(kRagged|, true)>"
 
 # Blocks that a processor holds at once, at least, where the design counts on more than one.
 DESIGNED = (
-    (r"nf4_linear_decode<\w+, 2>", {"80": 2, "90a": 3, "100": 3}),
-    (r"nf4_linear_decode<\w+, 1>", {"80": 2, "90a": 2, "100": 2}),
-    (r"nf4_linear_tile<\w+, [24], ", {"90a": 2, "100": 2}),
-    (r"nf4_linear_grad_input_tile<\w+, [12], ", {"90a": 2, "100": 2}),
+    (r"nf4_(linear|multi)_decode<\w+, 2>", {"80": 2, "90a": 3, "100": 3}),
+    (r"nf4_(linear|multi)_decode<\w+, 1>", {"80": 2, "90a": 2, "100": 2}),
+    (r"nf4_(linear_tile<\w+, [24]|multi_tile<\w+, 2), ", {"90a": 2, "100": 2}),
+    (r"nf4_(linear|multi)_grad_input_tile<\w+, [12], ", {"90a": 2, "100": 2}),
 )
 
 

@@ -18,6 +18,10 @@ def test_kernels_against_those_of_the_cpu(capfd):
     assert emulator.kernel_test(), capfd.readouterr().err
 
 
+def test_kernels_of_many_adapters_and_what_they_cost_in_banks_and_sectors(capfd):
+    assert emulator.segmented_test(), capfd.readouterr().err
+
+
 def test_a_fault_is_an_error_that_names_the_place():
     """A weight one element shorter than it says: the kernel reads past its end."""
 

@@ -15,6 +15,7 @@
 #include <cuda_fp16.h>
 
 #define FASTLORA_DEVICE __device__ __forceinline__
+#define FASTLORA_HOST_DEVICE __host__ __device__ __forceinline__
 #define FASTLORA_KERNEL(threads, blocks) static __global__ void __launch_bounds__(threads, blocks)
 #define FASTLORA_PARAMETER const __grid_constant__
 #define FASTLORA_CONSTANT __device__ __constant__ const
@@ -29,6 +30,7 @@
 #include "../emulator/intrinsics.h"
 
 #define FASTLORA_DEVICE inline
+#define FASTLORA_HOST_DEVICE inline
 #define FASTLORA_KERNEL(threads, blocks) static void
 #define FASTLORA_PARAMETER const
 #define FASTLORA_CONSTANT const
@@ -193,6 +195,15 @@ FASTLORA_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector)
   return __byte_perm(a, b, selector);
 #else
   return emulator::byte_permute(a, b, selector);
+#endif
+}
+
+// How many of the bits are set.
+FASTLORA_DEVICE int count_bits(uint32_t bits) {
+#ifdef __CUDACC__
+  return __popc(bits);
+#else
+  return __builtin_popcount(bits);
 #endif
 }
 

@@ -9,14 +9,17 @@ namespace {
 
 constexpr int64_t round_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 int64_t inner_bytes(const Plan& plan, const Shape& s) { return round_up(4 * plan.inner_splits * s.m * s.r); }
-int64_t part_bytes(const Plan& plan, const Shape& s) {
-  return plan.splits > 1 ? round_up(4 * plan.splits * s.m * s.outer) : 0;
-}
 
 int widest(const void* p, int64_t width, int bytes) {
   int count = 8;
   while (count > 1 && (width % count != 0 || !aligned(p, count * bytes < 16 ? count * bytes : 16))) count /= 2;
   return count;
+}
+
+}  // namespace
+
+int64_t part_bytes(const Plan& plan, const Shape& s) {
+  return plan.splits > 1 ? round_up(4 * plan.splits * s.m * s.outer) : 0;
 }
 
 ProductArgs product_args(const Plan& plan, const Shape& s, const float* map, void* out, float* parts) {
@@ -47,6 +50,8 @@ ProductArgs product_args(const Plan& plan, const Shape& s, const float* map, voi
   args.codes = s.dtype == DType::kBFloat16 ? pair_codes<DType::kBFloat16>() : pair_codes<DType::kFloat16>();
   return args;
 }
+
+namespace {
 
 bool bad(const Nf4Weight& w, int64_t m, int64_t r) {
   return m < 0 || r < 0 || w.n < 0 || w.k < 0 || w.blocksize < kMinBlocksize || w.blocksize > kMaxBlocksize;

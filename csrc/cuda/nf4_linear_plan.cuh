@@ -2,6 +2,7 @@
 #pragma once
 
 #include "fastlora/cuda.h"
+#include "nf4_linear.cuh"
 
 namespace fastlora::cuda {
 
@@ -25,5 +26,9 @@ struct Plan {
 
 // False after an error of the device. `inner_is_wanted`: u is an output, or an input.
 bool make_plan(const Shape& shape, bool inner_is_wanted, Plan* plan);
+
+// A plan's product, less its low-rank term; and what its parts take of scratch. In nf4_linear.cu.
+ProductArgs product_args(const Plan& plan, const Shape& s, const float* map, void* out, float* parts);
+int64_t part_bytes(const Plan& plan, const Shape& s);
 
 }  // namespace fastlora::cuda

@@ -5,7 +5,7 @@
 // the 128 steps of the contraction that belong to it: columns of W forward, rows of W for the input gradient.
 #pragma once
 
-#include "nf4_linear.cuh"
+#include "nf4_routed.cuh"
 
 namespace fastlora::cuda {
 
@@ -80,10 +80,10 @@ FASTLORA_DEVICE int x_place(int row, int half, int vector) {
 // Copies stage after stage of the tile that begins at a row of x and at a row and column of W, whose contraction
 // goes along the columns of W (kAlongRows: along its rows). Zeros outside of both. What moves is the same for all
 // threads.
-template <int kColumns, int kSwizzle, bool kAlongRows, bool kVectors>
+template <int kColumns, int kSwizzle, bool kAlongRows, bool kVectors, class Args = ProductArgs>
 class TileCopy {
  public:
-  FASTLORA_DEVICE TileCopy(const ProductArgs& args, int first_x_row, int first_row, int first_column)
+  FASTLORA_DEVICE TileCopy(const Args& args, int first_x_row, int first_row, int first_column)
       : args_(args),
         w_from_(args.packed + first_row * args.row_bytes + first_column / 2),
         x_from_(static_cast<const uint16_t*>(args.x) + first_x_row * int64_t{x_width()} +
@@ -93,7 +93,10 @@ class TileCopy {
         x_rows_(args.m - first_x_row - x_row()),
         x_steps_(kAlongRows ? args.n - first_row : args.k - first_column),
         w_offset_(w_row() * static_cast<int>(args.row_bytes) + w_byte()),
-        x_offset_(x_row() * x_width() + x_step()) {}
+        x_offset_(x_row() * x_width() + x_step()) {
+    FASTLORA_UNROLL
+    for (int j = 0; j < kKeptSources; ++j) x_sources_[j] = look_up_source(j);
+  }
 
   FASTLORA_DEVICE void next(int stage FASTLORA_AT) {
     auto* to = shared_memory<uint8_t>(stage * kWStageBytes + weight_place<kSwizzle>(w_row(), w_byte() / 32) +
@@ -114,7 +117,13 @@ class TileCopy {
       const uint16_t* from = x_from_ + x_offset_;
       FASTLORA_UNROLL
       for (int j = 0; j < (kColumns + 1) / 2; ++j) {
-        const int valid = 16 * j < x_rows_ ? x_steps_ - x_step() : 0;
+        int valid = 16 * j < x_rows_ ? x_steps_ - x_step() : 0;
+        if constexpr (kIsRouted<Args>) {
+          const int row = kKeptSources > 0 ? x_sources_[kKeptSources > 0 ? j : 0] : look_up_source(j);
+          if (row < 0) valid = 0;
+          from = static_cast<const uint16_t*>(args_.x) + (row < 0 ? 1 : row + 1) * int64_t{x_width()} - x_steps_ +
+                 x_step();  // not from x_from_, which would take registers
+        }
         if (kVectors || args_.x_vectors) {
           copy_async<16>(x_to + j * 2048, from, valid > 0 ? 16 : 0 FASTLORA_HERE);
         } else {
@@ -142,7 +151,17 @@ class TileCopy {
   static FASTLORA_DEVICE int x_step() { return thread_index() % 16 * 8; }
   FASTLORA_DEVICE int x_width() const { return kAlongRows ? args_.n : args_.k; }
 
-  const ProductArgs& args_;
+  // Where rows are gathered: those that the thread copies, -1 for none. Kept where there are registers for them.
+  static constexpr int kKeptSources = kIsRouted<Args> && kVectors && kColumns != 4 ? (kColumns + 1) / 2 : 0;
+  FASTLORA_DEVICE int look_up_source(int j) const {
+    if constexpr (kIsRouted<Args>) {
+      if (16 * j < x_rows_) return row_at(args_.segments, args_.m - x_rows_ + 16 * j);
+    }
+    return -1;
+  }
+  int x_sources_[kKeptSources > 0 ? kKeptSources : 1];
+
+  const Args& args_;
   const uint8_t* w_from_;                    // of the tile's next stage
   const uint16_t* x_from_;                   // likewise
   int w_rows_, w_bytes_, x_rows_, x_steps_;  // left; x_rows_ from the thread's own on

@@ -53,4 +53,8 @@ PYBIND11_MODULE(_emulator, m) {
     testing::test_cuda_kernels();
     return testing::finish() == 0;
   });
+  m.def("segmented_test", [] {
+    testing::test_cuda_segmented();
+    return testing::finish() == 0;
+  });
 }

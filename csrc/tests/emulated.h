@@ -26,6 +26,7 @@ void test_overlaps();
 void test_warpgroup();
 void test_cuda_kernels();
 void test_cuda_linear();
+void test_cuda_segmented();
 void test_cuda_slab();
 void test_cuda_wide();
 

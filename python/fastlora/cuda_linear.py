@@ -35,7 +35,11 @@ def use_route(name: str) -> Iterator[None]:
         _route = previous
 
 
-def _run(
+def current_route() -> int:
+    return _route
+
+
+def run_with_scratch(
     device: Device,
     kernel: str,
     inputs: Sequence[Tensor | None],
@@ -97,7 +101,7 @@ def _gradients(
                 result = torch.mm(rows.t(), small.reshape(m, r)).mul_(scaling)
                 gram.copy_(result.t() if rank_major else result)
         return 0
-    status = _run(
+    status = run_with_scratch(
         device, "lora_gradients", (tall, small, factor), (product, gram, wide), m, width, r, scaling,
         rank_major, DTYPE_CODE[tall.dtype], DTYPE_CODE[lora_dtype],
     )  # fmt: skip
@@ -131,7 +135,7 @@ def linear(
         return 0
     status = None
     if n and k:
-        status = _run(
+        status = run_with_scratch(
             device, "nf4_linear", (x, *cuda.parts(weight), bias, lora_a, lora_b), (u, y), m, n, k, r,
             weight[3], scaling, DTYPE_CODE[x.dtype],
             DTYPE_CODE[x.dtype if lora_b is None else lora_b.dtype], _route,
@@ -163,7 +167,7 @@ def grad_input(
         lora_a = lora_b = v = u = db = None
     status = None
     if m and n and k:
-        status = _run(
+        status = run_with_scratch(
             device, "nf4_linear_grad_input", (dy, *cuda.parts(weight), lora_a, lora_b, u), (v, db, dx),
             m, n, k, r, weight[3], scaling, DTYPE_CODE[dy.dtype],
             DTYPE_CODE[dy.dtype if lora_a is None else lora_a.dtype], _route,

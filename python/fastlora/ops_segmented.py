@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _C, checks
+from . import _C, checks, cuda_segmented
 from . import checks_segmented as seg
 from .checks import DTYPE_CODE
 from .checks_segmented import Adapters
@@ -64,7 +64,10 @@ def _route(slots: Tensor, capacity: int, order: Tensor, segments: Tensor) -> int
 
 
 define(
-    "lora_route(Tensor slots, int capacity) -> (Tensor order, Tensor segments)", _route_outputs, _route, None
+    "lora_route(Tensor slots, int capacity) -> (Tensor order, Tensor segments)",
+    _route_outputs,
+    _route,
+    cuda_segmented.route,
 )
 
 
@@ -95,7 +98,12 @@ def _lora(
     return _told("segmented_lora", status, table)
 
 
-define(f"segmented_lora(Tensor x, {_ADAPTERS}, Tensor(a!) y) -> Tensor u", _lora_outputs, _lora, None)
+define(
+    f"segmented_lora(Tensor x, {_ADAPTERS}, Tensor(a!) y) -> Tensor u",
+    _lora_outputs,
+    _lora,
+    cuda_segmented.segmented_lora,
+)
 
 
 def _lora_grad_input_outputs(
@@ -126,7 +134,7 @@ define(
     f"segmented_lora_grad_input(Tensor dy, {_ADAPTERS}, Tensor(a!) dx) -> Tensor v",
     _lora_grad_input_outputs,
     _lora_grad_input,
-    None,
+    cuda_segmented.segmented_lora_grad_input,
 )
 
 
@@ -161,7 +169,7 @@ define(
     "(Tensor[] da, Tensor[] db)",
     _grad_pools_outputs,
     _grad_pools,
-    None,
+    cuda_segmented.segmented_lora_grad_pools,
 )
 
 
@@ -199,7 +207,7 @@ define(
     f"Tensor? bias, {_ADAPTERS}, bool batch_invariant) -> (Tensor y, Tensor u)",
     _multi_linear_outputs,
     _multi_linear,
-    None,
+    cuda_segmented.multi_linear,
 )
 
 
@@ -236,5 +244,5 @@ define(
     f"int blocksize, {_ADAPTERS}, bool batch_invariant) -> (Tensor dx, Tensor v)",
     _multi_grad_input_outputs,
     _multi_grad_input,
-    None,
+    cuda_segmented.multi_grad_input,
 )

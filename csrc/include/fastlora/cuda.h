@@ -6,6 +6,7 @@
 
 #include "fastlora/nf4.h"
 #include "fastlora/nf4_linear.h"
+#include "fastlora/segmented_lora.h"
 
 namespace fastlora {
 
@@ -150,6 +151,61 @@ struct LoraGradientsCudaArgs {
 };
 int64_t lora_gradients_cuda_scratch(const LoraGradientsCudaArgs& args);
 Status lora_gradients_cuda(const LoraGradientsCudaArgs& args);
+
+// The entry points of segmented_lora.h. Sizes are known here, what is in memory is not: a slot out of range counts
+// as none, an entry that leaves its pool and a row outside x make no work.
+struct LoraRouteCudaArgs {
+  LoraRouteArgs call;
+  void* scratch;  // lora_route_cuda_scratch() bytes, aligned to 16
+  void* stream;
+};
+int64_t lora_route_cuda_scratch(const LoraRouteCudaArgs& args);
+// One launch.
+Status lora_route_cuda(const LoraRouteCudaArgs& args);
+
+// Two launches, or three where few rows have a long contraction.
+struct SegmentedLoraCudaArgs {
+  SegmentedLoraArgs call;
+  bool batch_invariant;  // a row's bits do not depend on the other rows
+  void* scratch;
+  void* stream;
+};
+int64_t segmented_lora_cuda_scratch(const SegmentedLoraCudaArgs& args);
+Status segmented_lora_cuda(const SegmentedLoraCudaArgs& args);
+int64_t segmented_lora_grad_input_cuda_scratch(const SegmentedLoraCudaArgs& args);
+Status segmented_lora_grad_input_cuda(const SegmentedLoraCudaArgs& args);
+
+// Two launches, or three where long segments were cut.
+struct SegmentedLoraGradPoolsCudaArgs {
+  SegmentedLoraGradPoolsArgs call;
+  void* scratch;
+  void* stream;
+};
+int64_t segmented_lora_grad_pools_cuda_scratch(const SegmentedLoraGradPoolsCudaArgs& args);
+Status segmented_lora_grad_pools_cuda(const SegmentedLoraGradPoolsCudaArgs& args);
+
+// Scratch -1: no kernel here takes the call; the caller makes the product without adapters, and adds their term by
+// segmented_lora_cuda. Else at most four launches: u (or v), the sum of its parts, the product, the sum of its
+// parts.
+struct Nf4MultiLoraLinearCudaArgs {
+  Nf4MultiLoraLinearArgs call;
+  const float* map;
+  CudaRoute route;
+  void* scratch;
+  void* stream;
+};
+int64_t nf4_multi_lora_linear_cuda_scratch(const Nf4MultiLoraLinearCudaArgs& args);
+Status nf4_multi_lora_linear_cuda(const Nf4MultiLoraLinearCudaArgs& args);
+
+struct Nf4MultiLoraGradInputCudaArgs {
+  Nf4MultiLoraGradInputArgs call;
+  const float* map;
+  CudaRoute route;
+  void* scratch;
+  void* stream;
+};
+int64_t nf4_multi_lora_grad_input_cuda_scratch(const Nf4MultiLoraGradInputCudaArgs& args);
+Status nf4_multi_lora_grad_input_cuda(const Nf4MultiLoraGradInputCudaArgs& args);
 
 // The same bits as lora_dropout.
 struct LoraDropoutCudaArgs {
