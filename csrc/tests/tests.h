@@ -13,7 +13,7 @@ const std::vector<Isa>& levels();
 void test_numeric();       // scalar conversions, parallel_ranges
 void test_format();        // quantise, double-quantise, dequantise
 void test_linear();        // nf4_linear, nf4_linear_grad_input
-void test_segmented();      // many adapters in one batch
+void test_segmented();     // many adapters in one batch
 void test_lora_dropout();  // lora_dropout
 void test_concurrency();   // two threads at once
 void test_scratch();       // the bound on a thread's scratch memory
