@@ -263,9 +263,11 @@ struct Backward {
 
   Status run(int32_t threads) {
     runs = ceil_div(k, G::kRun);
-    plan = make_plan<L>(m, n, 1, ext.n, L::kBackwardRows, G::kStripRows, G::kRun * 4);
     if constexpr (kQuantized && requires { L::kRunsTogether; }) {
+      plan = make_plan<L>(m, n, 1, ext.n, L::kBackwardRows, G::kStripRows, G::kRun * 4, L::kBackwardBytes);
       plan.units_per_c = max64(plan.units_per_c, L::kRunsTogether);
+    } else {
+      plan = make_plan<L>(m, n, 1, ext.n, L::kBackwardRows, G::kStripRows, G::kRun * 4);
     }
     out_of_memory = false;
     parallel_ranges(

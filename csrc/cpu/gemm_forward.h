@@ -70,8 +70,16 @@ struct Forward {
     return true;
   }
 
+  // Scales of whole rows that lie at a row's distance can be decoded in one go.
+  bool rows_at_once() const
+    requires kQuantized
+  {
+    return L::kOverlap && plan.chunks == 1 && k % G::kRun == 0 && source.blocksize == 64;
+  }
+
   int64_t absmax_stride() const {
     if constexpr (kQuantized) {
+      if (rows_at_once()) return k / source.blocksize;
       return (plan.chunk_blocks * G::kPerVector >> Fill<L>::scale_shift(source)) + 2 + kAbsmaxSlack;
     } else {
       return 0;
@@ -85,6 +93,12 @@ struct Forward {
     if (k == 0 || (scratch.absmax_strip == strip && scratch.absmax_chunk == at.chunk)) return;
     scratch.absmax_strip = strip;
     scratch.absmax_chunk = at.chunk;
+    if (rows_at_once()) {
+      const int64_t stride = absmax_stride();
+      L::decode_absmax(source.scales, nf4_dynamic_map(), strip * G::kStripRows * stride, strip_rows(at) * stride,
+                       scratch.absmax);
+      return;
+    }
     const int64_t k0 = at.chunk * plan.chunk_blocks * G::kPerVector;
     const int64_t k1 = min64(k, k0 + chunk_of(at) * G::kPerVector);
     for (int64_t i = 0; i < strip_rows(at); ++i) {
@@ -243,7 +257,7 @@ struct Forward {
   bool take_scratch(Scratch& scratch) const {
     const int64_t packed = plan.row_block * plan.chunk_blocks * 64, rank = plan.row_block * plan.rank_chunk * 64;
     const int64_t strip = L::kStripBlocks * G::kStripBlockBytes, all_c = plan.units_per_c * c_floats() * 4;
-    const int64_t absmax = round_up(G::kStripRows * absmax_stride() * 4, 64);
+    const int64_t absmax = round_up((G::kStripRows * absmax_stride() + kAbsmaxSlack) * 4, 64);
     const int64_t c_u = round_up(down.n, G::kStripRows) * plan.row_block * 4, rows_u = plan.row_block * down.n * 4;
     auto* base = static_cast<uint8_t*>(
         thread_scratch(static_cast<size_t>(packed + rank + 3 * strip + all_c + absmax + c_u + rows_u)));

@@ -14,8 +14,9 @@ struct Amx : Bf16Level {
   static constexpr int64_t kPanelBlocks = 8;  // 256 rows of W: 16 KiB a group of panels
   static constexpr int64_t kRunsTogether = 4;  // of the input gradient: 256 bytes of a row of W, one after the other
   static constexpr int64_t kForwardRows = 128;
-  static constexpr int64_t kBackwardRows = 128;
+  static constexpr int64_t kBackwardRows = 256;
   static constexpr int64_t kPackedBytes = 1 << 20;
+  static constexpr int64_t kBackwardBytes = 2 << 20;  // more than L2 holds: 128 KiB at a time serve four runs
   static constexpr bool kResidentC = true;
   static constexpr bool kProjects = true;
 
