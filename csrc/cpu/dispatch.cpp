@@ -26,8 +26,8 @@ constexpr Level kLevels[kIsaCount] = {
     {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_scalar, nf4_linear_scalar, nullptr, 0, 0, 0,
      nf4_linear_grad_input_scalar, nf4_linear_grad_input_scalar},
 #ifdef FASTLORA_X86
-    {nf4_quantize_avx2, nf4_dequantize_avx2, nf4_linear_avx2, nf4_linear_avx2, nf4_linear_decode_avx2, 8, 12,
-     12, nf4_linear_grad_input_avx2, nf4_linear_grad_input_avx2},
+    {nf4_quantize_avx2, nf4_dequantize_avx2, nf4_linear_avx2, nf4_linear_avx2, nf4_linear_decode_avx2, 8, 12, 12,
+     nf4_linear_grad_input_avx2, nf4_linear_grad_input_avx2},
     {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_avx512, nf4_linear_decode_avx512,
      12, 12, 12, nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512},
     {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_avx512_bf16,

@@ -14,10 +14,10 @@ struct Backward {
   const void* dy;  // (m, n), dtype
   int64_t m, n, k;
   DType dtype;
-  Source source;  // Nf4Weight or DenseRows, (n, k)
-  const void* v;  // (m, r), dtype
-  DenseRows ext;  // (r, k)
-  void* out;      // (m, k), dtype
+  Source source;      // Nf4Weight or DenseRows, (n, k)
+  const void* v;      // (m, r), dtype
+  DenseRows ext;      // (r, k)
+  void* out;          // (m, k), dtype
   DenseRows up = {};  // (n, r): if given, v is not read but computed from the same packed dy, and written
   Plan plan = {};
   int64_t runs = 0;
@@ -120,9 +120,10 @@ struct Backward {
         for (int64_t i = 0; i < rows; i += G::kStripRows) {
           points += L::points(G::kRunPanels, min64(G::kStripRows, rows - i), piece_of(at));
         }
-        Filler filler(Fill<L>::template panel_step<kAlign>(source, nf4_dynamic_map(), item_row_of(*next),
-                                                           piece_of(*next), column_of(*next), panels, ahead_of(*next)),
-                      piece_of(*next) * 16, points);
+        Filler filler(
+            Fill<L>::template panel_step<kAlign>(source, nf4_dynamic_map(), item_row_of(*next), piece_of(*next),
+                                                 column_of(*next), panels, ahead_of(*next)),
+            piece_of(*next) * 16, points);
         body(filler);
         filler.finish();
       };

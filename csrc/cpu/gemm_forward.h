@@ -128,8 +128,8 @@ struct Forward {
     if constexpr (requires { &L::template visits<false, Filler>; }) {
       if (rows > 16 && panels >= 2) {
         p = panels / 2 * 2;
-        L::template visits<false>(strip, base + block0 * 2 * kTileBytes, all_blocks * 2 * kTileBytes, p / 2, blocks, c,
-                                  2 * kPanel, ldc, visit, filler);
+        L::template visits<false>(strip, base + block0 * 2 * kTileBytes, all_blocks * 2 * kTileBytes, p / 2,
+                                  blocks, c, 2 * kPanel, ldc, visit, filler);
       }
     }
     for (int64_t width; p < panels; p += width) {
@@ -181,8 +181,8 @@ struct Forward {
     }
   }
 
-  // This chunk's part of u = x·downᵀ of the row block. Every thread that has a part of the block computes all of its
-  // u, for that is quicker than to wait for another; one of them writes it.
+  // This chunk's part of u = x·downᵀ of the row block. Every thread that has a part of the block computes all of
+  // its u, for that is quicker than to wait for another; one of them writes it.
   void project(const Place& at, Scratch& scratch) const {
     const int64_t row0 = row_of(at), rows = min64(plan.row_block, m - row0), panels = ceil_div(rows, kPanel);
     const bool last = at.chunk + 1 == plan.chunks;
