@@ -15,26 +15,27 @@ struct Level {
   Status (*linear)(const Nf4LinearArgs&);         // every dtype, or all but bfloat16
   Status (*linear_bf16)(const Nf4LinearArgs&);    // bfloat16 x
   Status (*linear_decode)(const Nf4LinearArgs&);  // up to decode_rows rows of x; null: there is none
-  int64_t decode_rows_float, decode_rows_16bit;   // crossovers: above, the GEMM route is faster
+  // Crossovers, by the dtype of x: above, the GEMM route is faster.
+  int64_t decode_rows_float, decode_rows_half, decode_rows_bfloat;
   Status (*grad_input)(const Nf4LinearGradInputArgs&);
   Status (*grad_input_bf16)(const Nf4LinearGradInputArgs&);
 };
 
 // decode_rows were measured; the figures are in docs/cpu_kernels.md, "Where the routes cross".
 constexpr Level kLevels[kIsaCount] = {
-    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_scalar, nf4_linear_scalar, nullptr, 0, 0,
+    {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_scalar, nf4_linear_scalar, nullptr, 0, 0, 0,
      nf4_linear_grad_input_scalar, nf4_linear_grad_input_scalar},
 #ifdef FASTLORA_X86
-    {nf4_quantize_avx2, nf4_dequantize_avx2, nf4_linear_avx2, nf4_linear_avx2, nf4_linear_decode_avx2, 8, 12,
+    {nf4_quantize_avx2, nf4_dequantize_avx2, nf4_linear_avx2, nf4_linear_avx2, nf4_linear_decode_avx2, 8, 12, 12,
      nf4_linear_grad_input_avx2, nf4_linear_grad_input_avx2},
     {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_avx512, nf4_linear_decode_avx512,
-     12, 12, nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512},
+     12, 12, 12, nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512},
     {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_avx512_bf16,
-     nf4_linear_decode_avx512, 12, 10, nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512_bf16},
+     nf4_linear_decode_avx512, 12, 10, 10, nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512_bf16},
     {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_amx, nf4_linear_decode_avx512, 12,
-     8, nf4_linear_grad_input_avx512, nf4_linear_grad_input_amx},
+     8, 4, nf4_linear_grad_input_avx512, nf4_linear_grad_input_amx},
     {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_amx_emulated,
-     nf4_linear_decode_avx512, 12, 8, nf4_linear_grad_input_avx512, nf4_linear_grad_input_amx_emulated},
+     nf4_linear_decode_avx512, 12, 8, 4, nf4_linear_grad_input_avx512, nf4_linear_grad_input_amx_emulated},
 #endif
 };
 
@@ -93,7 +94,9 @@ Status nf4_linear(const Nf4LinearArgs& args, Isa isa) {
   if (args.m == 0 || (args.weight.n == 0 && args.r == 0)) return Status::kOk;
   Nf4LinearArgs a = args;
   a.threads = useful_threads(args.threads, args.m, args.weight, args.r);
-  const int64_t decode_rows = a.dtype == DType::kFloat32 ? level->decode_rows_float : level->decode_rows_16bit;
+  const int64_t decode_rows = a.dtype == DType::kFloat32   ? level->decode_rows_float
+                              : a.dtype == DType::kFloat16 ? level->decode_rows_half
+                                                           : level->decode_rows_bfloat;
   if (level->linear_decode != nullptr && a.m <= decode_rows && decode_fits(a)) return level->linear_decode(a);
   return a.dtype == DType::kBFloat16 ? level->linear_bf16(a) : level->linear(a);
 }

@@ -122,9 +122,10 @@ struct Backward {
         for (int64_t i = 0; i < rows; i += G::kStripRows) {
           points += L::points(G::kRunPanels, min64(G::kStripRows, rows - i), piece_of(at));
         }
-        Filler filler(Fill<L>::template panel_step<kAlign>(source, nf4_dynamic_map(), item_row_of(*next),
-                                                           piece_of(*next), column_of(*next), panels, ahead_of(*next)),
-                      piece_of(*next) * 16, points);
+        Filler filler(
+            Fill<L>::template panel_step<kAlign>(source, nf4_dynamic_map(), item_row_of(*next), piece_of(*next),
+                                                 column_of(*next), panels, ahead_of(*next)),
+            piece_of(*next) * 16, points);
         body(filler);
         filler.finish();
       };
@@ -283,9 +284,11 @@ struct Backward {
 
   Status run(int32_t threads) {
     runs = ceil_div(k, G::kRun);
-    plan = make_plan<L>(m, n, 1, ext.n, L::kBackwardRows, G::kStripRows, G::kRun * 4);
     if constexpr (kQuantized && requires { L::kRunsTogether; }) {
+      plan = make_plan<L>(m, n, 1, ext.n, L::kBackwardRows, G::kStripRows, G::kRun * 4, L::kBackwardBytes);
       plan.units_per_c = max64(plan.units_per_c, L::kRunsTogether);
+    } else {
+      plan = make_plan<L>(m, n, 1, ext.n, L::kBackwardRows, G::kStripRows, G::kRun * 4);
     }
     out_of_memory = false;
     parallel_ranges(

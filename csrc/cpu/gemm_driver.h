@@ -14,7 +14,7 @@ constexpr int64_t kMostProjected = 64;
 template <class L>
 Status gemm_linear(const Nf4LinearArgs& a) {
   const DenseRows down = {a.lora_a, a.lora_dtype, a.r, a.weight.k, 1.0f};
-  const bool projects = L::kProjects && a.r <= kMostProjected && a.weight.n > 0;
+  const bool projects = L::kProjects && a.r <= kMostProjected && a.weight.n > 0 && a.weight.k > 0;
   if (a.r > 0 && a.lora_a != nullptr && !projects) {
     Forward<L, DenseRows> low_rank{.x = a.x,
                                    .m = a.m,
@@ -46,7 +46,7 @@ Status gemm_linear(const Nf4LinearArgs& a) {
 template <class L>
 Status gemm_grad_input(const Nf4LinearGradInputArgs& a) {
   const DenseRows up = {a.lora_b, a.lora_dtype, a.weight.n, a.r, a.scaling};
-  const bool projects = L::kProjects && a.r <= kMostProjected && a.weight.k > 0;
+  const bool projects = L::kProjects && a.r <= kMostProjected && a.weight.n > 0 && a.weight.k > 0;
   if (a.r > 0 && !projects) {
     Backward<L, DenseRows> low_rank{.dy = a.dy,
                                     .m = a.m,

@@ -135,8 +135,8 @@ struct StripStep {
     L::template look_up<kAlign, kQuarter>(state.look, state.to + L::look_of(kQuarter) * G::kStripBlockBytes);
   }
 
-  // Where blocks end at halves of runs nothing but places changes. What the next step looks up is loaded by this one:
-  // instructions that wait for a load would fill the scheduler, and a core would see less far ahead.
+  // Where blocks end at halves of runs nothing but places changes. What the next step looks up is loaded by this
+  // one: instructions that wait for a load would fill the scheduler, and a core would see less far ahead.
   struct LinearWalk {
     const uint8_t* bytes;
     const float* absmax;

@@ -73,8 +73,16 @@ struct Forward {
     return true;
   }
 
+  // Scales of whole rows that lie at a row's distance can be decoded in one go.
+  bool rows_at_once() const
+    requires kQuantized
+  {
+    return L::kOverlap && plan.chunks == 1 && k % G::kRun == 0 && source.blocksize == 64;
+  }
+
   int64_t absmax_stride() const {
     if constexpr (kQuantized) {
+      if (rows_at_once()) return k / source.blocksize;
       return (plan.chunk_blocks * G::kPerVector >> Fill<L>::scale_shift(source)) + 2 + kAbsmaxSlack;
     } else {
       return 0;
@@ -88,6 +96,12 @@ struct Forward {
     if (k == 0 || (scratch.absmax_strip == strip && scratch.absmax_chunk == at.chunk)) return;
     scratch.absmax_strip = strip;
     scratch.absmax_chunk = at.chunk;
+    if (rows_at_once()) {
+      const int64_t stride = absmax_stride();
+      L::decode_absmax(source.scales, nf4_dynamic_map(), strip * G::kStripRows * stride, strip_rows(at) * stride,
+                       scratch.absmax);
+      return;
+    }
     const int64_t k0 = at.chunk * plan.chunk_blocks * G::kPerVector;
     const int64_t k1 = min64(k, k0 + chunk_of(at) * G::kPerVector);
     for (int64_t i = 0; i < strip_rows(at); ++i) {
@@ -117,8 +131,8 @@ struct Forward {
     if constexpr (requires { &L::template visits<false, Filler>; }) {
       if (rows > 16 && panels >= 2) {
         p = panels / 2 * 2;
-        L::template visits<false>(strip, base + block0 * 2 * kTileBytes, all_blocks * 2 * kTileBytes, p / 2, blocks, c,
-                                  2 * kPanel, ldc, visit, filler);
+        L::template visits<false>(strip, base + block0 * 2 * kTileBytes, all_blocks * 2 * kTileBytes, p / 2,
+                                  blocks, c, 2 * kPanel, ldc, visit, filler);
       }
     }
     for (int64_t width; p < panels; p += width) {
@@ -170,8 +184,8 @@ struct Forward {
     }
   }
 
-  // This chunk's part of u = x·downᵀ of the row block. Every thread that has a part of the block computes all of its
-  // u, for that is quicker than to wait for another; one of them writes it.
+  // This chunk's part of u = x·downᵀ of the row block. Every thread that has a part of the block computes all of
+  // its u, for that is quicker than to wait for another; one of them writes it.
   void project(const Place& at, Scratch& scratch) const {
     const int64_t row0 = row_of(at), rows = min64(plan.row_block, m - row0), panels = ceil_div(rows, kPanel);
     const bool last = at.chunk + 1 == plan.chunks;
@@ -256,7 +270,7 @@ struct Forward {
   bool take_scratch(Scratch& scratch) const {
     const int64_t packed = plan.row_block * plan.chunk_blocks * 64, rank = plan.row_block * plan.rank_chunk * 64;
     const int64_t strip = L::kStripBlocks * G::kStripBlockBytes, all_c = plan.units_per_c * c_floats() * 4;
-    const int64_t absmax = round_up(G::kStripRows * absmax_stride() * 4, 64);
+    const int64_t absmax = round_up((G::kStripRows * absmax_stride() + kAbsmaxSlack) * 4, 64);
     const int64_t c_u = round_up(down.n, G::kStripRows) * plan.row_block * 4, rows_u = plan.row_block * down.n * 4;
     auto* base = static_cast<uint8_t*>(
         thread_scratch(static_cast<size_t>(packed + rank + 3 * strip + all_c + absmax + c_u + rows_u)));

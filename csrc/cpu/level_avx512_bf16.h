@@ -75,11 +75,14 @@ struct Bf16Level {
   }
 
   // Two rows as items of panels of 16 columns, in order or, permuted, in the order of two rows of W looked up.
-  static void interleave(const uint16_t* even, const uint16_t* odd, bool permuted, int64_t panels, uint16_t* items) {
+  static void interleave(const uint16_t* even, const uint16_t* odd, bool permuted, int64_t panels,
+                         uint16_t* items) {
     if (!permuted) {
       for (int64_t p = 0; p < panels; ++p) {
-        const auto low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + p * 16)));
-        const auto high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + p * 16)));
+        const auto low =
+            _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even + p * 16)));
+        const auto high =
+            _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd + p * 16)));
         _mm512_store_si512(items + p * 32, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
       }
       return;

@@ -15,10 +15,12 @@ struct Amx : Bf16Level {
   static constexpr int64_t kGroup = 2;        // two B tiles side by side: 2 KiB a step
   static constexpr int64_t kStripBlocks = 8;  // 256 columns: a strip of 16 KiB
   static constexpr int64_t kPanelBlocks = 8;  // 256 rows of W: 16 KiB a group of panels
-  static constexpr int64_t kRunsTogether = 4;  // of the input gradient: 256 bytes of a row of W, one after the other
+  static constexpr int64_t kRunsTogether =
+      4;  // of the input gradient: 256 bytes of a row of W, one after the other
   static constexpr int64_t kForwardRows = 128;
-  static constexpr int64_t kBackwardRows = 128;
+  static constexpr int64_t kBackwardRows = 256;
   static constexpr int64_t kPackedBytes = 1 << 20;
+  static constexpr int64_t kBackwardBytes = 2 << 20;  // more than L2 holds: 128 KiB at a time serve four runs
   static constexpr bool kResidentC = true;
   static constexpr bool kProjects = true;
 
@@ -27,8 +29,8 @@ struct Amx : Bf16Level {
 
   // kRowTiles x kPanels tiles of C: tiles 0..3 are C, 4 and 5 rows of the strip, 6 and 7 panels.
   template <int kRowTiles, int kPanels, class Filler>
-  [[gnu::noinline]] static void micro(const uint8_t* strip, const uint8_t* panels, int64_t blocks, float* c, int64_t ldc,
-                    Visit visit, Filler& filler) {
+  [[gnu::noinline]] static void micro(const uint8_t* strip, const uint8_t* panels, int64_t blocks, float* c,
+                                      int64_t ldc, Visit visit, Filler& filler) {
     auto fill = filler.local();
     float* c_low = c + 16 * ldc;
     if (visit.from == FromC::kLoad) {
@@ -72,12 +74,14 @@ struct Amx : Bf16Level {
     if constexpr (kRowTiles == 2 && kPanels == 2) tile_store<3>(c_low + 16, ldc * 4);
   }
 
-  // Visits of 2x2 tiles, one after the other: `count` groups of panels to one strip or, kStrips, strips to one group.
-  // What changes from visit to visit is streamed; what does not stays in L1. A tile of C leaves for memory, and the
-  // next visit's comes in its place, just before the first product that needs it: the other tiles' products go on.
+  // Visits of 2x2 tiles, one after the other: `count` groups of panels to one strip or, kStrips, strips to one
+  // group. What changes from visit to visit is streamed; what does not stays in L1. A tile of C leaves for memory,
+  // and the next visit's comes in its place, just before the first product that needs it: the other tiles'
+  // products go on.
   template <bool kStrips, class Filler>
-  [[gnu::noinline]] static void visits(const uint8_t* strip, const uint8_t* panels, int64_t step, int64_t count, int64_t blocks,
-                     float* c, int64_t c_step, int64_t ldc, Visit visit, Filler& filler) {
+  [[gnu::noinline]] static void visits(const uint8_t* strip, const uint8_t* panels, int64_t step, int64_t count,
+                                       int64_t blocks, float* c, int64_t c_step, int64_t ldc, Visit visit,
+                                       Filler& filler) {
     tile_fence();
     auto fill = filler.local();
     float* before = nullptr;

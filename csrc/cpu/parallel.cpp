@@ -2,6 +2,9 @@
 
 #include <omp.h>
 #include <pthread.h>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include <atomic>
 #include <cstdlib>
@@ -61,10 +64,16 @@ static void* grown(ThreadScratch& scratch, size_t bytes) {
 #else
 static void* grown(ThreadScratch& scratch, size_t bytes) {
   if (bytes <= scratch.bytes) return scratch.data;
-  const size_t rounded = (bytes + 4095) & ~size_t{4095};
+  constexpr size_t kHugePage = size_t{2} << 20;
+  const size_t page = bytes > kHugePage / 2 ? kHugePage : 4096, rounded = (bytes + page - 1) & ~(page - 1);
   std::free(scratch.data);
-  scratch.data = std::aligned_alloc(4096, rounded);
+  scratch.data = std::aligned_alloc(page, rounded);
   scratch.bytes = scratch.data == nullptr ? 0 : rounded;
+#ifdef __linux__
+  // Tiles come from more pages than a core's first table of addresses holds. Advice: if it is not taken, all is
+  // well.
+  if (scratch.data != nullptr && page == kHugePage) (void)madvise(scratch.data, rounded, MADV_HUGEPAGE);
+#endif
   return scratch.data;
 }
 #endif
