@@ -19,6 +19,12 @@ struct Level {
   int64_t decode_rows_float, decode_rows_half, decode_rows_bfloat;
   Status (*grad_input)(const Nf4LinearGradInputArgs&);
   Status (*grad_input_bf16)(const Nf4LinearGradInputArgs&);
+
+  int64_t decode_rows(DType dtype) const {
+    return dtype == DType::kFloat32   ? decode_rows_float
+           : dtype == DType::kFloat16 ? decode_rows_half
+                                      : decode_rows_bfloat;
+  }
 };
 
 // decode_rows were measured; the figures are in docs/cpu_kernels.md, "Where the routes cross".
@@ -68,7 +74,7 @@ bool cpu::takes_decode(Isa isa, DType dtype, int64_t m, const Nf4Weight& weight)
   const Level* level = level_of(isa);
   if (level == nullptr || level->linear_decode == nullptr || weight.k <= 0 || weight.k > kDecodeColumns)
     return false;
-  return m <= (dtype == DType::kFloat32 ? level->decode_rows_float : level->decode_rows_16bit);
+  return m <= level->decode_rows(dtype);
 }
 
 Status nf4_quantize(const Nf4QuantizeArgs& args, Isa isa) {
@@ -94,10 +100,8 @@ Status nf4_linear(const Nf4LinearArgs& args, Isa isa) {
   if (args.m == 0 || (args.weight.n == 0 && args.r == 0)) return Status::kOk;
   Nf4LinearArgs a = args;
   a.threads = useful_threads(args.threads, args.m, args.weight, args.r);
-  const int64_t decode_rows = a.dtype == DType::kFloat32   ? level->decode_rows_float
-                              : a.dtype == DType::kFloat16 ? level->decode_rows_half
-                                                           : level->decode_rows_bfloat;
-  if (level->linear_decode != nullptr && a.m <= decode_rows && decode_fits(a)) return level->linear_decode(a);
+  if (level->linear_decode != nullptr && a.m <= level->decode_rows(a.dtype) && decode_fits(a))
+    return level->linear_decode(a);
   return a.dtype == DType::kBFloat16 ? level->linear_bf16(a) : level->linear(a);
 }
 
