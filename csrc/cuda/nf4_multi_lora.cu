@@ -1,7 +1,9 @@
 // The fused layer with an adapter for every row, on a device: u or v by the shrink, then the layer's own kernels
 // with rows gathered, where its plan takes one of those. Else, for many rows and on sm_90a by warpgroups, the
 // caller takes the product as it is and adds the term to its result, which is then rounded twice.
+#include "launch.cuh"
 #include "nf4_linear_plan.cuh"
+#include "nf4_tile.cuh"
 #include "segmented_kernels.cuh"
 
 namespace fastlora::cuda {
@@ -69,6 +71,16 @@ SegmentedLoraCudaArgs inner_args(const Call& c) {
           .stream = c.stream};
 }
 
+// The plan's columns as there are kernels for them: 2 or 8, or 4 where sums are scaled. Where a block cannot have
+// the shared memory that 8 take with scale blocks of 32, 2.
+int columns_of(const Call& c, const Plan& plan) {
+  const bool small = c.weight.blocksize == 32;
+  if (plan.columns <= 2) return 2;
+  if (plan.columns <= 4 && !c.grad && !plan.ragged && !small && !c.batch_invariant) return 4;
+  const DeviceTraits* traits = device_traits();
+  return tile_shared_bytes(8, small ? 5 : 6, plan.ragged) <= traits->shared_bytes ? 8 : 2;
+}
+
 // Whether a kernel here takes the call, and how.
 bool fused_plan(const Call& c, Plan* plan) {
   if (bad_table(c.table, c.routing, c.m, c.weight.k, c.weight.n) || c.dtype == DType::kFloat32) return false;
@@ -82,6 +94,7 @@ bool fused_plan(const Call& c, Plan* plan) {
     plan->splits = 1;
     plan->span = static_cast<int>(ceil_div(s.contraction, 128) * 128);
   }
+  plan->columns = columns_of(c, *plan);
   return true;
 }
 
