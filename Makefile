@@ -66,8 +66,10 @@ sanitize: $(VENV)/.tools ## the kernels under AddressSanitizer and UBSan
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFASTLORA_PYTHON=OFF -DFASTLORA_TESTS=ON -DFASTLORA_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitize
+	@# Both programs at once: each runs on one core for a minute or two.
 	export ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1; \
-	  build/sanitize/kernel_tests && build/sanitize/emulator_tests
+	  build/sanitize/emulator_tests & emulated=$$!; build/sanitize/kernel_tests; kernels=$$?; \
+	  wait $$emulated && exit $$kernels
 
 bench: $(VENV)/.package ## measure this machine; writes bench/results/
 	$(BIN)/python bench/run.py --save bench/results $(ARGS)
