@@ -35,7 +35,7 @@ $(VENV)/.tools: constraints.txt
 
 # Editable: Python sources are read from python/, the module _C is built in build/venv and lives in the venv.
 $(VENV)/.package: $(VENV)/.tools $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-build-isolation --config-settings=build-dir=build/venv $(DEVELOPER) --editable '.[test,demo,bench,lint]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --config-settings=build-dir=build/venv $(DEVELOPER) --editable '.[test,trainers,demo,bench,lint]'
 	@touch $@
 
 venv: $(VENV)/.package ## create .venv, install the tested versions, build the package
