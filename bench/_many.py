@@ -276,20 +276,43 @@ LAYER: dict[str, tuple[type[Contender], str]] = {
 }
 
 
+class Stack(Contender):
+    """Several layers, called one after the other. What is said of it, and its result, are the first one's."""
+
+    def __init__(self, layers: list[Contender]) -> None:
+        self.layers = layers
+        super().__init__(layers[0].name, layers[0].batch)
+
+    def build(self) -> None:
+        self.batch = self.layers[0].batch
+
+    def forward(self) -> Tensor:
+        first, *_ = [one.forward() for one in self.layers]
+        return first
+
+    def stored(self) -> Tensor | None:
+        return self.layers[0].stored()
+
+    def weight_bytes(self) -> int:
+        return self.layers[0].weight_bytes()
+
+
 def make(
     registry: dict[str, tuple[type[Contender], str]],
     names: tuple[str, ...],
     wanted: frozenset[str],
-    batch: Batch,
+    *batches: Batch,
 ) -> tuple[list[Any], dict[str, str]]:
-    """Those of the names that are wanted and can be made, and why the others cannot."""
+    """Those of the names that are wanted and can be made, and why the others cannot. Several batches make
+    stacks, of a layer each."""
     made: list[Any] = []
     absent: dict[str, str] = {}
     for name in names:
         build: Callable[[str, Batch], Contender] = registry[name][0]
         if registry[name][1] in wanted:
             try:
-                made.append(build(name, batch))
+                layers = [build(name, batch) for batch in batches]
+                made.append(layers[0] if len(layers) == 1 else Stack(layers))
             except (peers.Unsupported, ImportError) as error:
                 absent[name] = peers.reason(error)
     return made, absent

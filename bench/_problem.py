@@ -39,6 +39,10 @@ class Problem:
         drawn = torch.randn(rows, columns, generator=self._generator, device=self.device)
         return drawn.mul_(scale).to(self.kind)
 
+    def again(self) -> Problem:
+        """The same in other memory, nothing shared."""
+        return Problem(self.n, self.k, self.r, self.dtype, self.device)
+
     def activation(self, m: int) -> Tensor:
         """An input, (m, k) in `dtype`."""
         return self._normal(m, self.k, 1.0)

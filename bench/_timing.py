@@ -26,6 +26,10 @@ class Times:
     p80: float
     rounds: int
 
+    def each_of(self, parts: int) -> Times:
+        """Of one of the equal parts that a call consists of."""
+        return Times(self.p20 / parts, self.p50 / parts, self.p80 / parts, self.rounds)
+
 
 @dataclass(frozen=True)
 class Effort:

@@ -315,6 +315,34 @@ def test_the_term_and_its_gradients_are_those_of_a_loop(layer_device, dtype, tab
     assert all(not g.any() for g in got[-2:])  # "idle" has no rows: zeros, not None
 
 
+@pytest.mark.parametrize("place", ["whole", "a view"])
+def test_the_gradient_of_what_the_term_is_added_to(layer_device, place):
+    table = make_table()
+    x, start = (draw(len(ROWS), size, seed=3).requires_grad_() for size in (K, N))
+    dy = draw(len(ROWS), N, seed=5)
+    y = 2 * start if place == "whole" else torch.stack([start, 2 * start])[1]
+    added = fastlora.segmented_lora(x, table, table.slots(ROWS), y)
+    assert added.data_ptr() == y.data_ptr()
+    wanted = (start, x, *parameters(table))
+    got = torch.autograd.grad(added * added, wanted, dy)
+
+    start64, x64 = (t.detach().double().requires_grad_() for t in (start, x))
+    term, leaves = exact(x64, table, ROWS)
+    want = torch.autograd.grad(
+        (2 * start64 + term) ** 2, (start64, x64, *leaves), dy.double(), materialize_grads=True
+    )
+    for g, w in zip(got, want, strict=True):
+        assert relative_error(g, w) < GRADIENT[torch.float32]
+
+
+def test_a_leaf_that_learns_is_not_written_to():
+    table = make_table()
+    y = torch.zeros(len(ROWS), N, requires_grad=True)
+    with pytest.raises(RuntimeError, match="a leaf Variable that requires grad"):
+        fastlora.segmented_lora(draw(len(ROWS), K, seed=3), table, table.slots(ROWS), y)
+    assert not y.any()
+
+
 @dtypes
 @pytest.mark.parametrize("lead", [(11,), (1, 11), (0,), (1,)], ids=str)
 def test_the_layer_and_its_gradients_are_those_of_a_loop(layer_device, dtype, lead):

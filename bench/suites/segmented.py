@@ -31,7 +31,11 @@ def _mixed(m: int, r: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Work:
-    """One op of the suite: its rows of x on a CPU and on a CUDA device, and the ranks of its adapters."""
+    """One op of the suite: its rows of x on a CPU and on a CUDA device, and the ranks of its adapters.
+
+    Where every row has an adapter of its own a call is half a millisecond, of which a Python that was thrown
+    out of the caches with everything else takes 0.2 before it reaches anybody's kernel. In a model the next
+    layer's call is the same code: so a few layers are timed together, whose adapters are all cold."""
 
     names: tuple[str, ...]
     rows: tuple[int, ...]
@@ -39,13 +43,14 @@ class Work:
     ranks: Callable[[int, int], tuple[int, ...]]
     layer: bool = False
     step: bool = False
+    stack: int = 1  # layers one after the other, each with adapters of its own
 
 
 EACH, LAYER_EACH, LAYER_EIGHT = "term, an adapter a row", "layer, an adapter a row", "layer, 8 adapters"
 MIXED, STEP = "term, ranks 8 to 64", "training step of the term, 8 adapters"
 WORKS = {
-    EACH: Work(("fastlora", LOOP, GATHERED), (64,), (64,), _each),
-    LAYER_EACH: Work(("fastlora", PEFT_DENSE, PEFT_BNB), (64,), (64,), _each, layer=True),
+    EACH: Work(("fastlora", LOOP, GATHERED), (64,), (64,), _each, stack=4),
+    LAYER_EACH: Work(("fastlora", PEFT_DENSE, PEFT_BNB), (64,), (64,), _each, layer=True, stack=4),
     LAYER_EIGHT: Work(("fastlora", ONE, PEFT_DENSE, PEFT_BNB), (1024,), (4096,), _eight, layer=True),
     MIXED: Work(("fastlora", EQUAL), (64, 1024), (64, 4096), _mixed),
     STEP: Work(("fastlora", LOOP), (1024,), (4096,), _eight, step=True),
@@ -68,8 +73,10 @@ def cases(plan: Plan) -> list[Case]:
 
 def run(case: Case, context: Context, problem: Problem) -> list[Row]:
     work = WORKS[case.op]
-    batch = Batch(problem, case.m, work.ranks(case.m, case.r))
-    made, absent = make(LAYER if work.layer else TERM, case.peers, context.wanted, batch)
+    others = [problem.again() for _ in range(work.stack - 1)]
+    batches = [Batch(one, case.m, work.ranks(case.m, case.r)) for one in (problem, *others)]
+    batch = batches[0]
+    made, absent = make(LAYER if work.layer else TERM, case.peers, context.wanted, *batches)
     context.absent.update({f"{name}, {case.op}": why for name, why in absent.items()})
     contenders, results, measure = context.attempt(
         case, made, lambda one: one.step if work.step else one.forward
@@ -80,7 +87,8 @@ def run(case: Case, context: Context, problem: Problem) -> list[Row]:
     ]
     del results
     rows = []
-    for one, times, error in zip(contenders, measure(), errors, strict=True):
+    for one, stack, error in zip(contenders, measure(), errors, strict=True):
+        times = stack.each_of(work.stack)
         moved, flops = one.weight_bytes() + one.batch.adapter_bytes(), one.batch.flops()
         activations = case.m * (case.n + case.k) * batch.x.element_size()
         if work.layer:

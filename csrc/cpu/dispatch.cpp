@@ -82,6 +82,7 @@ Status nf4_quantize(const Nf4QuantizeArgs& args, Isa isa) {
   if (level == nullptr) return Status::kUnsupportedLevel;
   if (args.rows < 0 || args.cols < 0 || !valid_blocksize(args.blocksize)) return Status::kBadArgument;
   if (args.rows == 0 || args.cols == 0) return Status::kOk;
+  (void)prefer_huge_pages(args.packed, args.rows * ceil_div(args.cols, 2), false);
   return level->quantize(args);
 }
 

@@ -2,9 +2,6 @@
 
 #include <omp.h>
 #include <pthread.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #include <atomic>
 #include <cstdlib>
@@ -69,11 +66,8 @@ static void* grown(ThreadScratch& scratch, size_t bytes) {
   std::free(scratch.data);
   scratch.data = std::aligned_alloc(page, rounded);
   scratch.bytes = scratch.data == nullptr ? 0 : rounded;
-#ifdef __linux__
-  // Tiles come from more pages than a core's first table of addresses holds. Advice: if it is not taken, all is
-  // well.
-  if (scratch.data != nullptr && page == kHugePage) (void)madvise(scratch.data, rounded, MADV_HUGEPAGE);
-#endif
+  // Tiles come from more pages than a core's first table of addresses holds.
+  if (scratch.data != nullptr) (void)prefer_huge_pages(scratch.data, static_cast<int64_t>(rounded), false);
   return scratch.data;
 }
 #endif

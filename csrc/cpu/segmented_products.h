@@ -51,7 +51,7 @@ struct Segmented {
   static constexpr int64_t kRows = 8;           // of the batch that are widened to float32 at a time,
   static constexpr int64_t kColumns = 8192;     // and so many of their columns
   static constexpr int64_t kBlock = 512;        // columns of a unit of expand and outer
-  static constexpr int64_t kAhead = 1024;       // bytes of a row asked for before their turn
+  static constexpr int64_t kAhead = 1024;         // bytes of a row asked for before their turn
   static constexpr int64_t kWeights = 1 << 18;  // weights laid out at a time
 
   static int64_t pool_bytes(const SegmentedJob& job) { return dtype_bytes(job.table.dtype); }
@@ -342,6 +342,7 @@ struct Segmented {
           const int64_t position = segment.begin + i, row = job.row(position);
           if (row < a.row_begin || row >= a.row_end) continue;
           chosen[rows] = static_cast<int32_t>(row - a.row_begin);
+          prefetch_target((row - a.row_begin) * a.side.ld + a.side.column[target], c0, c1);
           weights_of(segment, target, position, scratch.weights + rows++ * steps);
         }
         weigh_all(rows, scratch.weights, steps, scratch.rows, steps, c0, c1, job.table.dtype,
@@ -355,6 +356,14 @@ struct Segmented {
                     V::store(to, job.dtype, V::add(V::load(to, job.dtype, lanes), sum), lanes);
                   });
       }
+    }
+
+    // What is added to comes from memory like everything else, a row of it for a few of an adapter.
+    void prefetch_target(int64_t row, int64_t c0, int64_t c1) const {
+      if (a.out == nullptr) return;
+      const auto* begin = static_cast<const char*>(element_ptr(a.out, row + c0, a.job.dtype));
+      const auto* end = static_cast<const char*>(element_ptr(a.out, row + c1, a.job.dtype));
+      for (const char* line = begin; line < end; line += 64) __builtin_prefetch(line, 1);
     }
 
     void weights_of(const Segment& segment, int64_t target, int64_t position, float* to) const {

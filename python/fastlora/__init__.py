@@ -7,6 +7,7 @@ from .adapter_table import AdapterTable
 from .autograd import nf4_linear
 from .conversion_report import ConversionReport
 from .convert import convert
+from .huge_pages import use_huge_pages
 from .isa import available_isas, current_isa, use_isa
 from .linear import QLinear
 from .model_adapters import adapters
@@ -32,5 +33,6 @@ __all__ = [
     "route",
     "save_adapter",
     "segmented_lora",
+    "use_huge_pages",
     "use_isa",
 ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, NoReturn, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class LowRank(NamedTuple):
     widths: list[int]  # of u and v, a slice each
     parameters: list[Tensor]  # lora_A, lora_B, lora_A, ... of those that are rows of the pools and learn
     places: tuple[tuple[int, int, int], ...]  # (slice, first row, rank) of each pair
+    view: Callable[[], Any] | None = None  # AdapterTable.view, of one
 
 
 def check_pairs(

@@ -27,6 +27,8 @@ from .adapter_pairs import (
     refuse,
 )
 from .checks import DTYPE_CODE
+from .huge_pages import prefer
+from .ops_segmented import kernel_table
 from .rank_rows import RankRows
 
 MAX_SLICES = 8
@@ -62,6 +64,8 @@ class AdapterTable:
 
     Raises ValueError for sizes, values and unknown names, TypeError for dtypes.
     """
+
+    _view: tuple[tuple[int, ...], Any] = ((), None)  # what `view` keeps, and what it was made of
 
     def __init__(
         self,
@@ -315,18 +319,34 @@ class AdapterTable:
                     if pair is not None and (pair[0].requires_grad or pair[1].requires_grad):
                         parameters += pair
                         places.append((j, one.runs[j][0], one.ranks[j]))
-        return LowRank(self.a, self.b, self.entries, self.scaling, self.widths, parameters, tuple(places))
+        return LowRank(
+            self.a, self.b, self.entries, self.scaling, self.widths, parameters, tuple(places), self.view
+        )
+
+    def view(self) -> Any:
+        """The table as the CPU kernels take it (_C.AdapterTable), kept while it lies where it lies; None of a
+        table on another device."""
+        if self.device.type != "cpu":
+            return None
+        tensors = (*self.a, *self.b, self.entries, self.scaling)
+        key = (*[t.data_ptr() for t in tensors], *[t.shape[0] for t in self.a], *self.widths)
+        if key != self._view[0]:
+            self._view = key, kernel_table(self.a, self.b, self.entries, self.scaling, self.widths)
+        return self._view[1]
 
     # --- storage ------------------------------------------------------------------------------------------
 
     def _allocate(self) -> None:
         """New pools, entries and scales of the sizes that the table is to have, filled with what it holds."""
+        self._view = AdapterTable._view
         with torch.inference_mode(False), torch.no_grad():
             kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
-            self.a = [torch.zeros(rows.size, self.in_features, **kind) for rows in self._rows]
-            self.b = [
-                torch.zeros(rows.size, n, **kind) for rows, n in zip(self._rows, self.slices, strict=True)
-            ]
+
+            def pool(rows: int, columns: int) -> Tensor:
+                return prefer(torch.empty(rows, columns, **kind)).zero_()
+
+            self.a = [pool(rows.size, self.in_features) for rows in self._rows]
+            self.b = [pool(rows.size, n) for rows, n in zip(self._rows, self.slices, strict=True)]
             shape = (len(self.slices), self.capacity)
             self.entries = torch.zeros(*shape, 2, dtype=torch.int32, device=self.device)
             self.scaling = torch.zeros(shape, dtype=torch.float32, device=self.device)
@@ -414,7 +434,7 @@ class AdapterTable:
             )
             for one in self._slots
         ]
-        for name in ("a", "b", "entries", "scaling"):
+        for name in ("a", "b", "entries", "scaling", "_view"):
             new.__dict__.pop(name, None)
         return new
 

@@ -38,6 +38,15 @@ except AttributeError:
     AVAILABLE = False
 
 
+def unwatched() -> bool:
+    """Whether nothing in this thread watches or changes ops."""
+    if not AVAILABLE or _is_compiling() or _function_modes() or _profiler_is_on():
+        return False
+    keys = _keys()
+    # A DispatchKeySet has no hash, and `in` is slower.
+    return bool(keys == _NORMAL or keys == _INFERENCE)  # noqa: PLR1714, SIM109
+
+
 def linear(
     x: Tensor,
     weight: Packed,
@@ -47,10 +56,7 @@ def linear(
     scaling: float,
 ) -> Tensor | None:
     """``nf4_linear``, where no gradient is wanted, or None: call the op."""
-    if not AVAILABLE or _is_compiling() or _function_modes() or _profiler_is_on():
-        return None
-    keys = _keys()
-    if keys != _NORMAL and keys != _INFERENCE:  # noqa: PLR1714 (a DispatchKeySet has no hash, and `in` is slower)
+    if not unwatched():
         return None
     return _C.nf4_linear_direct(
         x, weight, bias, lora_a, lora_b, scaling, torch.get_num_threads(), isa._current

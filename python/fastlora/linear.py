@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, huge_pages
 from .autograd import linear_from_parts
 from .named_adapters import NamedAdapters
 from .nf4 import NF4Weight, quantize_nf4
@@ -85,7 +85,8 @@ class QLinear(NamedAdapters, nn.Linear):
         groups = -(-blocks // checks.NESTED_BLOCKSIZE)
 
         def frozen(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, dtype=torch.uint8, device=device), requires_grad=False)
+            data = huge_pages.prefer(torch.empty(shape, dtype=torch.uint8, device=device))
+            return nn.Parameter(data, requires_grad=False)
 
         self.weight = frozen(out_features, (in_features + 1) // 2)
         self.weight_scales = frozen(blocks if double_quant else 4 * blocks)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, direct_segmented
 from .adapter_pairs import LowRank
 from .adapter_table import AdapterTable
 from .autograd import _SEED_BOUND, _any_autocast, _autocast_is_on, _NoSecondDerivative, _rows
@@ -63,9 +63,14 @@ def segmented_lora(
     _check_table("segmented_lora", x, table.in_features)
     low, routing = table.low_rank(learns=torch.is_grad_enabled()), _routing(slots, table)
     if torch.is_grad_enabled() and _wants(x, y, *low.parameters):
-        added = _MultiLora.apply(x, None, None, None, 0, None, *_flat(low, routing, NO_DROPOUT, False))
-        return y.add_(added)
-    _segmented(x, *_arguments(low, routing), y)
+        rest = _flat(low, routing, NO_DROPOUT, False)
+        # A Function that writes to an argument is nothing for a compiled graph, nor for a view, whose base's
+        # gradient autograd would take for its first argument's; and a leaf is to be refused unwritten.
+        if torch.compiler.is_compiling() or y._is_view() or (y.is_leaf and y.requires_grad):
+            return y.add_(_MultiLora.apply(x, None, None, None, 0, None, *rest))
+        return _MultiLora.apply(x, None, None, None, 0, y, *rest)
+    if direct_segmented.segmented_lora(x, low, routing, y) is None:
+        _segmented(x, *_arguments(low, routing), y)
     return y
 
 
@@ -118,7 +123,10 @@ def multi_linear(
     if dropout.p:
         table, seed, kinds = _arguments(low, routing), _seed(x), _kinds(dropout, routing)
         return _forward_dropped(x, weight, bias, table, dropout.p, kinds, seed)[0]
-    return _multi_linear(x, *weight, bias, *_arguments(low, routing), batch_invariant)[0]
+    y = direct_segmented.multi_linear(x, weight, bias, low, routing, batch_invariant)
+    if y is None:
+        y = _multi_linear(x, *weight, bias, *_arguments(low, routing), batch_invariant)[0]
+    return y
 
 
 def _wants(*tensors: Tensor | None) -> bool:
@@ -188,7 +196,7 @@ def _forward_dropped(
 
 
 class _MultiLora(torch.autograd.Function):
-    """packed None: the low-rank term alone."""
+    """packed None: the low-rank term alone, added to what stands for the bias, in place, or to zeros."""
 
     @staticmethod
     def forward(
@@ -212,8 +220,10 @@ class _MultiLora(torch.autograd.Function):
         a, b = _pools(tensors, len(widths))
         table = (a, b, entries, scaling, order, segments, list(widths))
         if packed is None or scales is None:
-            y = x.new_zeros(*x.shape[:-1], sum(t.shape[1] for t in b))
+            y = x.new_zeros(*x.shape[:-1], sum(t.shape[1] for t in b)) if bias is None else bias
             u = _segmented(x, *table, y)
+            if bias is not None:
+                ctx.mark_dirty(y)
         elif p:
             weight = (packed, scales, nested, blocksize)
             y, u = _forward_dropped(x, weight, bias, table, p, kinds, seed)
@@ -297,5 +307,7 @@ def _gradients(
             rows = [pool[j][first : first + rank] for pool in (da, db)]
             rows = [t.clone() for t in rows] if few[j] else rows
             found[2 * slices + 2 * i : 2 * slices + 2 * i + 2] = [rows[0], rows[1].t()]
-    dbias = _rows(dy).sum(0) if needs_bias else None
+    dbias = None
+    if needs_bias:
+        dbias = _rows(dy).sum(0) if packed is not None else dy
     return (dx, dbias, *found)

@@ -8,8 +8,6 @@ A packed layer has a pair of pools for each slice of its out_features. See fastl
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -26,12 +24,19 @@ _ADAPTERS = (
 )
 
 
-def _table(t: Adapters) -> Any:
+def kernel_table(
+    a: list[Tensor], b: list[Tensor], entries: Tensor, scaling: Tensor, widths: list[int]
+) -> _C.AdapterTable:
+    """A table's addresses and sizes: good as long as the tensors are where they are."""
     return _C.AdapterTable(
-        [a.data_ptr() for a in t.a], [b.data_ptr() for b in t.b], [a.shape[0] for a in t.a],
-        [b.shape[1] for b in t.b], list(t.widths), t.capacity, t.entries.data_ptr(), t.scaling.data_ptr(),
-        DTYPE_CODE[t.a[0].dtype],
+        [t.data_ptr() for t in a], [t.data_ptr() for t in b], [t.shape[0] for t in a],
+        [t.shape[1] for t in b], list(widths), entries.shape[-2], entries.data_ptr(), scaling.data_ptr(),
+        DTYPE_CODE[a[0].dtype],
     )  # fmt: skip
+
+
+def _table(t: Adapters) -> _C.AdapterTable:
+    return kernel_table(t.a, t.b, t.entries, t.scaling, t.widths)
 
 
 def _routing(t: Adapters) -> tuple[int, int, int]:

@@ -17,4 +17,8 @@ const char* isa_name(Isa isa);
 // The bytes of scratch that the calling thread holds, between calls too.
 int64_t scratch_bytes();
 
+// Asks for pages of 2 MiB where `data` spans whole ones: for what will be written there or, with `now`, for what
+// is there already, which is moved. Returns the bytes that this was granted for; 0 is no failure.
+int64_t prefer_huge_pages(void* data, int64_t bytes, bool now);
+
 }  // namespace fastlora

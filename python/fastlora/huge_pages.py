@@ -1,0 +1,37 @@
+"""Pages of 2 MiB for what the CPU kernels stream: packed weights and pools of adapters.
+
+A core that reads a weight from memory waits at the end of every 4 KiB page for the address of the next. What
+fastlora allocates asks for huge pages by itself, before it is written. What a loader, ``.to()`` or a copy
+allocated did not; :func:`use_huge_pages` moves it. Linux gives them where its setting
+``/sys/kernel/mm/transparent_hugepage/enabled`` is ``madvise`` (the usual) or ``always``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import _C
+
+
+def prefer(t: Tensor) -> Tensor:
+    """Ask for huge pages under a tensor that is to be written; returns it. No effect on what is no plain CPU
+    tensor, or too small to span a page."""
+    if type(t) is Tensor and t.device.type == "cpu" and t.is_contiguous():
+        _C.prefer_huge_pages(t.data_ptr(), t.nbytes, False)
+    return t
+
+
+def use_huge_pages(module: nn.Module) -> int:
+    """Move the packed weights (uint8 parameters) and adapter tables of a model on a CPU into huge pages.
+
+    For a model that was loaded, moved or copied; one that fastlora quantised itself has them already. The
+    tensors keep their addresses and their bits. Returns the bytes that lie in huge pages now: 0 where the
+    system gives none.
+    """
+    tensors = [p.detach() for p in module.parameters() if p.dtype is torch.uint8]
+    for one in module.modules():
+        table = getattr(one, "_table", None)
+        tensors += [] if table is None else [*table.a, *table.b]
+    unique = {t.data_ptr(): t for t in tensors if t.device.type == "cpu" and type(t) is Tensor}
+    return sum(_C.prefer_huge_pages(t.data_ptr(), t.nbytes, True) for t in unique.values())
