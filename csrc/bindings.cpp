@@ -102,6 +102,10 @@ int32_t bind_lora_dropout(uintptr_t x, uintptr_t out, int64_t count, uint64_t se
   return static_cast<int32_t>(lora_dropout(args));
 }
 
+int64_t bind_prefer_huge_pages(uintptr_t data, int64_t bytes, bool now) {
+  return prefer_huge_pages(at<void>(data), bytes, now);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -120,10 +124,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_available", [](int32_t isa) { return isa_available(static_cast<Isa>(isa)); });
   m.def("isa_name", [](int32_t isa) { return isa_name(static_cast<Isa>(isa)); });
   m.def("scratch_bytes", [] { return scratch_bytes(); });
-  m.def(
-      "prefer_huge_pages",
-      [](uintptr_t data, int64_t bytes, bool now) { return prefer_huge_pages(at<void>(data), bytes, now); },
-      unlocked);
+  m.def("prefer_huge_pages", &bind_prefer_huge_pages, unlocked);
   m.attr("isa_count") = kIsaCount;
 #ifdef FASTLORA_WITH_CUDA
   py::module_ cuda = m.def_submodule("cuda", "the same on addresses of a CUDA device");
