@@ -51,7 +51,7 @@ struct Segmented {
   static constexpr int64_t kRows = 8;           // of the batch that are widened to float32 at a time,
   static constexpr int64_t kColumns = 8192;     // and so many of their columns
   static constexpr int64_t kBlock = 512;        // columns of a unit of expand and outer
-  static constexpr int64_t kAhead = 1024;         // bytes of a row asked for before their turn
+  static constexpr int64_t kAhead = 1024;       // bytes of a row asked for before their turn
   static constexpr int64_t kWeights = 1 << 18;  // weights laid out at a time
 
   static int64_t pool_bytes(const SegmentedJob& job) { return dtype_bytes(job.table.dtype); }
