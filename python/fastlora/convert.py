@@ -18,6 +18,14 @@ ALL_LINEAR = "all-linear"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+class NothingToConvert(ValueError):
+    """Nothing in a model could be converted; `skipped` says of each layer why."""
+
+    def __init__(self, message: str, skipped: list[SkippedLayer]) -> None:
+        super().__init__(message)
+        self.skipped = skipped
+
+
 def convert(
     model: nn.Module,
     target_modules: str | Sequence[str] = ALL_LINEAR,
@@ -174,7 +182,7 @@ def _plan(
     skipped.extend(SkippedLayer(names[id(m)][0], reasons[id(m)]) for m in candidates if id(m) in reasons)
     if not groups:
         why = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:5]) or "the model holds no torch.nn.Linear"
-        raise ValueError(f"convert: expected a layer that can be converted, got none ({why})")
+        raise NothingToConvert(f"convert: expected a layer that can be converted, got none ({why})", skipped)
     return list(groups.values())
 
 
