@@ -1,7 +1,7 @@
 """:func:`after_import`: do something once another library's module is there, without importing it.
 
-For what has to be in place as soon as `fastlora` and that library are both imported, in whichever order, where
-importing the library ourselves would make `import fastlora` slow.
+For what has to be in place as soon as `fastlora` and that library are both imported, in whichever order,
+where importing the library ourselves would make `import fastlora` slow.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-""":class:`FastLoraConfig`: what transformers is told to quantise a model by, and what config.json keeps of it."""
+""":class:`FastLoraConfig`: what transformers is told to quantise by, and what config.json keeps of it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FORMAT = ("blocksize", "double_quant", "target_modules", "skip_modules")
 _ADAPTER = ("rank", "alpha", "dropout", "use_rslora", "adapter_dtype")
 
 
-@dataclass
+@dataclass(kw_only=True)
 class FastLoraConfig(QuantizationConfigMixin):
     """``AutoModel....from_pretrained(path, quantization_config=FastLoraConfig())`` gives a model whose linear
     layers are :class:`fastlora.QLinear`, quantised while they are read.
@@ -50,13 +50,11 @@ class FastLoraConfig(QuantizationConfigMixin):
     dropout: float = 0.0
     use_rslora: bool = False
     adapter_dtype: str | torch.dtype = "float32"
-    quant_method: str = "fastlora"
+    quant_method: str = "fastlora"  # type: ignore[assignment]  # transformers' own is an enum of its methods
 
     def __post_init__(self) -> None:
         if self.quant_method != "fastlora":
-            raise ValueError(
-                f"FastLoraConfig: expected quant_method 'fastlora', got {self.quant_method!r}"
-            )
+            raise ValueError(f"FastLoraConfig: expected quant_method 'fastlora', got {self.quant_method!r}")
         skip = self.skip_modules
         self.skip_modules = [skip] if isinstance(skip, str) else list(skip)
         if not isinstance(self.target_modules, str):
@@ -70,7 +68,8 @@ class FastLoraConfig(QuantizationConfigMixin):
         dtype = getattr(torch, str(self.adapter_dtype), None)
         if not isinstance(dtype, torch.dtype):
             raise TypeError(
-                f"FastLoraConfig: expected adapter_dtype float32, bfloat16 or float16, got {self.adapter_dtype!r}"
+                "FastLoraConfig: expected adapter_dtype float32, bfloat16 or float16, got "
+                f"{self.adapter_dtype!r}"
             )
         return dtype
 
@@ -89,7 +88,7 @@ class FastLoraConfig(QuantizationConfigMixin):
         unknown = sorted(set(config_dict) - known)
         if unknown:
             raise ValueError(
-                f"FastLoraConfig: expected fields of {sorted(known)}, got {unknown}; written by a newer fastlora?"
+                f"FastLoraConfig: expected fields of {sorted(known)}, got {unknown}; of a newer fastlora?"
             )
         return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
@@ -98,12 +97,11 @@ class FastLoraConfig(QuantizationConfigMixin):
         return asdict(self)
 
 
-def merged(stored: Mapping[str, Any], given: FastLoraConfig | None) -> FastLoraConfig:
+def merged(stored: Mapping[str, Any], given: FastLoraConfig) -> FastLoraConfig:
     """The config for a checkpoint that is quantised: what config.json says, and what the caller gave.
 
     Raises ValueError for a checkpoint of a kind that is not read here.
     """
-    given = FastLoraConfig() if given is None else given
     if stored.get("quant_method") == "fastlora":
         of_file = FastLoraConfig.from_dict(stored)
         # An adapter that is in the file is read from there.
@@ -119,8 +117,8 @@ def merged(stored: Mapping[str, Any], given: FastLoraConfig | None) -> FastLoraC
     ]
     if ignored:
         warnings.warn(
-            "FastLoraConfig: the checkpoint is quantised already, so what it has holds (in brackets) instead of "
-            + ", ".join(ignored),
+            "FastLoraConfig: the checkpoint is quantised already, so what it has holds (in brackets) instead "
+            f"of {', '.join(ignored)}",
             stacklevel=2,
         )
     return replace(given, **held)

@@ -1,15 +1,13 @@
-"""How a checkpoint's tensors become a quantised model's, tensor by tensor, while transformers reads its files.
+"""How a checkpoint's tensors become a quantised model's, while transformers reads its files.
 
-Before any tensor is read the headers of the files are compared with the model, so that one that does not fit
-is refused with everything that is wrong with it. Then transformers reads one tensor after the other and has
-those of our layers converted here; no more than one dense weight is in memory at a time.
+transformers reads one tensor after the other and has those of our layers converted by an op of ours; no more
+than one dense weight is in memory at a time.
 """
 
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +28,6 @@ from ..nf4 import NF4Weight, quantize_nf4
 _OP = "FastLoraConfig"
 _STATE = ".quant_state.bitsandbytes__"
 _BNB_PARTS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f"{_STATE}nf4")
-_FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 class Header(NamedTuple):
@@ -38,6 +35,9 @@ class Header(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
+
+
+_NONE = Header("", ())
 
 
 class Checkpoint:
@@ -78,14 +78,13 @@ class Checkpoint:
                     f"{_OP}: expected a checkpoint that is dense, bitsandbytes NF4 or fastlora's, got "
                     f"{what} ({len(keys)} layers: {keys[0]} ...)"
                 )
-        nf4 = frozenset(key.removesuffix(f"{_STATE}nf4") for key in self.tensors if key.endswith(f"{_STATE}nf4"))
-        if nf4:
+        if nf4 := self._stems(f"{_STATE}nf4"):
             return "bitsandbytes", nf4
-        scaled = (key.removesuffix("_scales") for key in self.tensors if key.endswith("_scales"))
-        ours = frozenset(
-            key for key in scaled if key in self.tensors and self.tensors[key].dtype == "U8"
-        )
+        ours = frozenset(key for key in self._stems("_scales") if self.tensors.get(key, _NONE).dtype == "U8")
         return ("fastlora", ours) if ours else ("dense", ours)
+
+    def _stems(self, suffix: str) -> frozenset[str]:
+        return frozenset(key.removesuffix(suffix) for key in self.tensors if key.endswith(suffix))
 
     def layers(self, model: Any, conversions: Sequence[Any]) -> dict[str, str]:
         """{module's path in `model`: key} of packed weights; not of those that the model has no place for."""
@@ -120,8 +119,6 @@ def packed_parameters(module: nn.Module) -> tuple[Packed, ...]:
 def quantize(module: nn.Module, name: str, dense: Tensor) -> dict[str, Tensor]:
     """A dense weight as the parameters of `module` that hold it."""
     assert isinstance(module, QLinear)
-    if hasattr(module.weight, "full_tensor"):
-        raise RuntimeError("expected a layer on one device, got one that is sharded (tensor parallelism)")
     return _parts(quantize_nf4(dense, blocksize=module.blocksize, double_quant=module.double_quant))
 
 
@@ -147,7 +144,15 @@ class Quantize(ConversionOps):
         return self  # transformers copies it for each tensor
 
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], *, model: Any = None, **kwargs: Any) -> dict[str, Any]:
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: Sequence[str] = (),
+        target_patterns: Sequence[str] = (),
+        *,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for target, found in input_dict.items():
             path, _, name = target.rpartition(".")
@@ -188,6 +193,8 @@ class ReadBitsAndBytes(Quantize):
     def convert(
         self,
         input_dict: dict[str, Any],
+        source_patterns: Sequence[str] = (),
+        target_patterns: Sequence[str] = (),
         *,
         model: Any = None,
         full_layer_name: str = "",
@@ -199,9 +206,8 @@ class ReadBitsAndBytes(Quantize):
         try:
             weight = NF4Weight.from_bitsandbytes({key: found[0] for key, found in input_dict.items()})
             if weight.shape != (layer.out_features, layer.in_features):
-                raise ValueError(
-                    f"expected a weight of {layer.out_features} x {layer.in_features}, got {tuple(weight.shape)}"
-                )
+                n, k = layer.out_features, layer.in_features
+                raise ValueError(f"expected a weight of {n} x {k}, got {tuple(weight.shape)}")
         except (TypeError, ValueError, RuntimeError) as error:
             parts = self._failed(full_layer_name, layer, name, error)
         else:
@@ -222,8 +228,8 @@ class BitsAndBytesConverter(WeightConverter):
 
     def __init__(self, read: ReadBitsAndBytes, checkpoint: Checkpoint, renamings: Sequence[Any]) -> None:
         super().__init__([f"weight{part}" for part in _BNB_PARTS], ["weight"], [read])
-        renamings = copy.deepcopy(list(renamings))
-        self.layers = _Shared(apply_renamings(key, renamings) for key in checkpoint.packed)
+        own = copy.deepcopy(list(renamings))  # some keep what they have seen
+        self.layers = _Shared(apply_renamings(key, own) for key in checkpoint.packed)
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         for part in _BNB_PARTS:
@@ -240,93 +246,3 @@ class _Shared(frozenset[str]):
 
     def __deepcopy__(self, memo: object) -> _Shared:
         return self
-
-
-# --- whether a checkpoint fits ----------------------------------------------------------------------------
-
-
-def check_fit(
-    model: Any, checkpoint: Checkpoint, conversions: Sequence[Any], *, new: Sequence[str] = ()
-) -> None:
-    """ValueError that lists all that the model lacks or that has another shape, before anything is read.
-
-    Args:
-        model: on the meta device, its layers replaced.
-        conversions: what transformers will rename and convert by.
-        new: parameters that are not in the checkpoint and will be initialised.
-    """
-    expected, produced = _expected(model, checkpoint.kind)
-    found: dict[str, Header | None] = {}
-    wrong: list[str] = []
-    for key, target, converted in _targets(model, checkpoint, conversions):
-        header = None if converted else checkpoint.tensors[key]
-        for name in (target, *produced.get(target, ())):
-            found[name] = header
-        shape = expected.get(target)
-        if header is None or shape is None:
-            continue
-        if header.shape != shape:
-            wrong.append(f"{target}: expected {shape}, got {header.shape}")
-        elif target in produced and header.dtype not in _FLOATS:
-            wrong.append(f"{target}: expected floating numbers, got {header.dtype}")
-    missing = [name for name in expected if name not in found and name not in set(new)]
-    missing = sorted(set(missing) - _excused(model, found), key=dot_natural_key)
-    problems = (("missing from the checkpoint", missing), ("that do not fit", wrong))
-    if missing or wrong:
-        text = "".join(
-            f"\n  {len(lines)} {what}:" + "".join(f"\n    {line}" for line in lines)
-            for what, lines in problems
-            if lines
-        )
-        raise ValueError(f"{_OP}: expected the tensors of a {type(model).__name__}, got{text}")
-
-
-def _expected(
-    model: Any, kind: str
-) -> tuple[dict[str, tuple[int, ...] | None], dict[str, tuple[str, ...]]]:
-    """The shapes that are wanted of a checkpoint, None where they are seen to later; and, by the weight that
-    they are made of, the parameters of which nothing is wanted."""
-    expected: dict[str, tuple[int, ...] | None] = {
-        name: tuple(t.shape) for name, t in model.state_dict().items() if isinstance(t, Tensor)
-    }
-    produced: dict[str, tuple[str, ...]] = {}
-    if kind != "fastlora":
-        for path, module in model.named_modules(remove_duplicate=False):
-            for packed in packed_parameters(module):
-                beside = tuple(f"{path}.{part}" for part in packed.beside)
-                produced[f"{path}.{packed.name}"] = beside
-                expected[f"{path}.{packed.name}"] = packed.dense_shape if kind == "dense" else None
-    return expected, produced
-
-
-def _targets(
-    model: Any, checkpoint: Checkpoint, conversions: Sequence[Any]
-) -> Iterator[tuple[str, str, bool]]:
-    """(key in the files, parameter, whether it is computed from the tensor), as the loader will find them."""
-    conversions = copy.deepcopy(list(conversions))
-    renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
-    converters = [c for c in conversions if isinstance(c, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    meta, prefix = model.state_dict(), model.base_model_prefix
-    for key in sorted(checkpoint.tensors, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, meta)
-        if name not in meta and key in meta:
-            name, pattern = rename_source_key(key, [], [], prefix, meta)
-        if pattern is None:
-            yield key, name, False
-        else:
-            first, *_ = targets = by_pattern[pattern].target_patterns
-            yield from ((key, name.replace(first, target), True) for target in targets)
-
-
-def _excused(model: Any, found: Mapping[str, object]) -> set[str]:
-    """Parameters that may be missing: tied to others that are there, or the model says so."""
-    named: dict[int, list[str]] = {}
-    for name, t in model.state_dict(keep_vars=True).items():
-        named.setdefault(id(t), []).append(name)
-    groups = [*named.values(), *([a, b] for a, b in model.all_tied_weights_keys.items())]
-    excused = {name for group in groups if any(name in found for name in group) for name in group}
-    patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    return excused | {
-        name for name in model.state_dict() if any(pattern.search(name) for pattern in patterns)
-    }

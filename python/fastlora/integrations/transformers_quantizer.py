@@ -1,4 +1,4 @@
-""":class:`FastLoraHfQuantizer`: what transformers calls to load, save and undo a model of quantised layers."""
+""":class:`FastLoraHfQuantizer`: what transformers calls to load, save and undo a quantised model."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ..convert import (
     convert,
 )
 from ..linear import QLinear
+from ..named_adapters import DEFAULT
 from .transformers_config import FastLoraConfig, merged
 
 if TYPE_CHECKING:
@@ -32,14 +33,14 @@ _ADAPTERS = r"(^|[._])lora_[AB]$"
 
 
 def register(auto: ModuleType) -> None:
-    """Enter "fastlora" in transformers' tables. `auto` is ``transformers.quantizers.auto``. Again: no effect."""
+    """Enter "fastlora" in the tables of `auto`, which is transformers.quantizers.auto. Again: no effect."""
     if "fastlora" in auto.AUTO_QUANTIZER_MAPPING:
         return
     auto.register_quantization_config("fastlora")(FastLoraConfig)
     auto.register_quantizer("fastlora")(FastLoraHfQuantizer)
     # transformers refuses a config of another class than the checkpoint's, and so to read bitsandbytes' files
-    # with ours; and it offers an adapter's options for a quantised base no way in. Only a FastLoraConfig, or a
-    # checkpoint of ours, is treated differently here.
+    # with ours; and takes all of its own class from the checkpoint, an adapter for a bare base too. Calls
+    # with any other class go the way they went.
     stock = auto.AutoHfQuantizer.merge_quantization_configs
 
     def merge(cls: Any, quantization_config: Any, quantization_config_from_args: Any) -> Any:
@@ -52,7 +53,7 @@ def register(auto: ModuleType) -> None:
 
 
 class FastLoraHfQuantizer(HfQuantizer):
-    """Of a model it is ``model.hf_quantizer``; its `report` says what was quantised and what was not and why."""
+    """A model's ``hf_quantizer``. Its `report` says what was quantised, and what was not and why."""
 
     requires_calibration = False
     quantization_config: FastLoraConfig
@@ -89,6 +90,11 @@ class FastLoraHfQuantizer(HfQuantizer):
 
         from .transformers_loading import Checkpoint, Quantize, ReadBitsAndBytes
 
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise ValueError(
+                "FastLoraConfig: expected a model that is loaded whole, got a distributed_config; shard it "
+                "after it is loaded"
+            )
         checkpoint = Checkpoint(checkpoint_files)
         if checkpoint.kind != "dense" and not self.pre_quantized:
             raise ValueError(
@@ -114,21 +120,24 @@ class FastLoraHfQuantizer(HfQuantizer):
         if not self.report.converted:
             why = "; ".join(f"{s.name}: {s.reason}" for s in self.report.skipped[:5])
             warnings.warn(f"FastLoraConfig: nothing in this model is quantised ({why})", stacklevel=2)
+        for module in model.modules():
+            if isinstance(module, QLinear):
+                # transformers is not to initialise it as the Linear that it is a kind of.
+                module._is_hf_initialized = True  # type: ignore[assignment]
         self._checkpoint = checkpoint
         self._op = (ReadBitsAndBytes if checkpoint.kind == "bitsandbytes" else Quantize)(self)
         if self._new_adapters(model):  # they are no surprise to be reported
-            model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), _ADAPTERS}
+            ignored = set(model._keys_to_ignore_on_load_missing or ())
+            model._keys_to_ignore_on_load_missing = ignored | {_ADAPTERS}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """The last call before tensors are read, and the first that knows all renamings."""
         if self._checkpoint is None:
             return weight_conversions
-        from .transformers_loading import (
-            BitsAndBytesConverter,
-            ReadBitsAndBytes,
-            WeightRenaming,
-            check_fit,
-        )
+        from transformers.core_model_loading import WeightRenaming
+
+        from .transformers_fit import check_fit
+        from .transformers_loading import BitsAndBytesConverter, ReadBitsAndBytes
 
         conversions = list(weight_conversions)
         if isinstance(self._op, ReadBitsAndBytes):
@@ -169,9 +178,7 @@ class FastLoraHfQuantizer(HfQuantizer):
         self.report.bytes_before = self.report.bytes_after - adapters + packed
         self.report.trainable, self.report.total = _weights(model)
 
-    def _replace(
-        self, model: Any, target: Any, skip: Any, stay: dict[str, str]
-    ) -> ConversionReport:
+    def _replace(self, model: Any, target: Any, skip: Any, stay: dict[str, str]) -> ConversionReport:
         """Of a model on meta. `stay` are more layers to leave, and why."""
         options = self.quantization_config.layer_options
         try:
@@ -241,13 +248,12 @@ class FastLoraHfQuantizer(HfQuantizer):
     # --- saving, and back to dense ------------------------------------------------------------------------
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        added = sorted(
-            {name for m in model.modules() if isinstance(m, QLinear) for name in m.adapter_names} - {"default"}
-        )
+        added = {name for m in model.modules() if isinstance(m, QLinear) for name in m.adapter_names}
+        added -= {DEFAULT}
         if added:
             raise RuntimeError(
-                f"save_pretrained: expected layers without named adapters, got {added}; save each with "
-                "fastlora.save_adapter and take them off with delete_adapter"
+                f"save_pretrained: expected layers without named adapters, got {sorted(added)}; save each "
+                "with fastlora.save_adapter and take them off with delete_adapter"
             )
         return None, {}
 
