@@ -72,6 +72,8 @@ def _expected(model: Any, kind: str) -> tuple[dict[str, tuple[int, ...] | None],
             for packed in packed_parameters(module):
                 beside = tuple(f"{path}.{part}" for part in packed.beside)
                 produced[f"{path}.{packed.name}"] = beside
+                for name in beside:
+                    del expected[name]
                 expected[f"{path}.{packed.name}"] = packed.dense_shape if kind == "dense" else None
     return expected, produced
 

@@ -71,7 +71,7 @@ class Checkpoint:
 
     def _packed(self) -> tuple[str, frozenset[str]]:
         fp4 = [key for key in self.tensors if key.endswith(f"{_STATE}fp4")]
-        int8 = [key for key in self.tensors if key.endswith((".SCB", ".weight_format"))]
+        int8 = [key for key in self.tensors if key.endswith(".SCB")]
         for what, keys in (("bitsandbytes FP4", fp4), ("bitsandbytes int8", int8)):
             if keys:
                 raise ValueError(
