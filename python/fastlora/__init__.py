@@ -9,6 +9,7 @@ from .adapter_table import AdapterTable
 from .autograd import nf4_linear
 from .conversion_report import ConversionReport
 from .convert import convert
+from .experts import QExperts
 from .integrations import transformers_hook
 from .isa import available_isas, current_isa, use_isa
 from .linear import QLinear
@@ -24,6 +25,7 @@ __all__ = [
     "AdapterTable",
     "ConversionReport",
     "NF4Weight",
+    "QExperts",
     "QLinear",
     "Routing",
     "__version__",
