@@ -28,6 +28,15 @@ CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**COMMON, **SIZES),
     "qwen2": lambda: transformers.Qwen2Config(**COMMON, **SIZES, tie_word_embeddings=True),  # has biases
     "qwen3": lambda: transformers.Qwen3Config(**COMMON, **SIZES, head_dim=24, tie_word_embeddings=True),
+    "mixtral": lambda: transformers.MixtralConfig(
+        **COMMON, **SIZES, num_local_experts=3, num_experts_per_tok=2
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+        **COMMON, **SIZES, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, head_dim=16
+    ),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **COMMON, **SIZES, num_local_experts=3, num_experts_per_tok=2, head_dim=16
+    ),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=96, n_positions=64, n_embd=64, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2
     ),

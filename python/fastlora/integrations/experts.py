@@ -132,6 +132,28 @@ def from_module(module: nn.Module, **options: Any) -> QExperts:
     return experts.train(module.training)
 
 
+@torch.no_grad()
+def dense_experts(experts: QExperts, dtype: torch.dtype | None = None) -> nn.Module:
+    """The stock module that `experts` were made from, with the weights that they have in NF4, their adapters
+    added, in `dtype` (by default theirs). Raises TypeError for experts that were not made from one."""
+    if not isinstance(experts.activation, StockActivation):
+        kind = type(experts.activation).__name__
+        raise TypeError(f"dense_experts: expected experts made from a stock module, got activation {kind}")
+    shell: Any = experts.activation._shell
+    stock: nn.Module = shell.__new__(type(shell))
+    stock.__dict__ = shell.__dict__ | {"_parameters": dict(shell._parameters)}
+    for name in experts.shapes:
+        weight = experts.dequantize(name, torch.float32 if experts.rank else dtype)
+        if experts.rank:
+            a, b = (experts.get_parameter(f"{name}_lora_{ab}").float() for ab in "AB")
+            product = torch.bmm(b, a)
+            weight.add_(product.transpose(1, 2) if experts.transposed else product, alpha=experts.scaling)
+        setattr(stock, name, nn.Parameter(weight.to(dtype or experts.weight_dtype)))
+    for name in parameter_names(stock)[2:]:
+        setattr(stock, name, nn.Parameter(experts.get_parameter(name).to(dtype or experts.weight_dtype)))
+    return stock.train(experts.training)
+
+
 def replace_experts(
     model: nn.Module, *, skip_modules: Sequence[str] = (), rank: int = 0, **options: Any
 ) -> dict[str, str | None]:

@@ -17,13 +17,14 @@ require_transformers()
 from transformers.utils.quantization_config import QuantizationConfigMixin  # noqa: E402
 
 _FORMAT = ("blocksize", "double_quant", "target_modules", "skip_modules")
-_ADAPTER = ("rank", "alpha", "dropout", "use_rslora", "adapter_dtype")
+_ADAPTER = ("rank", "expert_rank", "alpha", "dropout", "use_rslora", "adapter_dtype")
 
 
 @dataclass(kw_only=True)
 class FastLoraConfig(QuantizationConfigMixin):
     """``AutoModel....from_pretrained(path, quantization_config=FastLoraConfig())`` gives a model whose linear
-    layers are :class:`fastlora.QLinear`, quantised while they are read.
+    layers are :class:`fastlora.QLinear`, and whose stacked experts are :class:`fastlora.QExperts`, quantised
+    while they are read.
 
     Args:
         blocksize: weights that share one scale, a power of two from 32 to 4096.
@@ -33,6 +34,7 @@ class FastLoraConfig(QuantizationConfigMixin):
         rank: of an adapter inside each layer; 0, the default, for a bare base, which PEFT or
             :func:`fastlora.load_adapter` can put adapters on. With a rank everything but the adapters is
             frozen, and transformers' Trainer takes the model as it is.
+        expert_rank: that of each single expert of a mixture, by default `rank`.
         alpha, dropout, use_rslora, adapter_dtype: the adapter's, as for QLinear.
 
     For a checkpoint that is quantised already, by fastlora or as bitsandbytes' NF4, the first four are the
@@ -46,6 +48,7 @@ class FastLoraConfig(QuantizationConfigMixin):
     skip_modules: Sequence[str] = ("lm_head",)
     target_modules: str | Sequence[str] = "all-linear"
     rank: int = 0
+    expert_rank: int | None = None
     alpha: float = 32
     dropout: float = 0.0
     use_rslora: bool = False
@@ -60,8 +63,9 @@ class FastLoraConfig(QuantizationConfigMixin):
         if not isinstance(self.target_modules, str):
             self.target_modules = list(self.target_modules)
         self.adapter_dtype = str(self.adapter_dtype).removeprefix("torch.")
-        options = (self.rank, self.alpha, self.dropout, self.blocksize)
-        check_arguments(1, 1, *options, torch.float32, self.adapter_torch_dtype)
+        for rank in (self.rank, self.rank if self.expert_rank is None else self.expert_rank):
+            options = (rank, self.alpha, self.dropout, self.blocksize)
+            check_arguments(1, 1, *options, torch.float32, self.adapter_torch_dtype)
 
     @property
     def adapter_torch_dtype(self) -> torch.dtype:
@@ -72,6 +76,10 @@ class FastLoraConfig(QuantizationConfigMixin):
                 f"{self.adapter_dtype!r}"
             )
         return dtype
+
+    @property
+    def has_adapters(self) -> bool:
+        return self.rank > 0 or bool(self.expert_rank)
 
     @property
     def layer_options(self) -> dict[str, Any]:
@@ -105,7 +113,7 @@ def merged(stored: Mapping[str, Any], given: FastLoraConfig) -> FastLoraConfig:
     if stored.get("quant_method") == "fastlora":
         of_file = FastLoraConfig.from_dict(stored)
         # An adapter that is in the file is read from there.
-        names = _FORMAT if of_file.rank == 0 else (*_FORMAT, *_ADAPTER)
+        names = (*_FORMAT, *_ADAPTER) if of_file.has_adapters else _FORMAT
     else:
         of_file = _of_bitsandbytes(stored)
         names = _FORMAT

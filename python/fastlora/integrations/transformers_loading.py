@@ -22,6 +22,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from ..experts import QExperts
 from ..linear import QLinear
 from ..nf4 import NF4Weight, quantize_nf4
 
@@ -110,14 +111,20 @@ class Packed(NamedTuple):
 
 def packed_parameters(module: nn.Module) -> tuple[Packed, ...]:
     """Of a quantised layer; none of any other module."""
+    suffixes = ("_scales", "_nested") if getattr(module, "double_quant", False) else ("_scales",)
+    shapes: dict[str, tuple[int, ...]] = {}
     if isinstance(module, QLinear):
-        beside = ("weight_scales", *(("weight_nested",) if module.double_quant else ()))
-        return (Packed("weight", (module.out_features, module.in_features), beside),)
-    return ()
+        shapes["weight"] = (module.out_features, module.in_features)
+    elif isinstance(module, QExperts):
+        for name, (n, k) in module.shapes.items():
+            shapes[name] = (module.num_experts, *((k, n) if module.transposed else (n, k)))
+    return tuple(Packed(name, shape, tuple(name + s for s in suffixes)) for name, shape in shapes.items())
 
 
 def quantize(module: nn.Module, name: str, dense: Tensor) -> dict[str, Tensor]:
     """A dense weight as the parameters of `module` that hold it."""
+    if isinstance(module, QExperts):
+        return module.quantize(name, dense)
     assert isinstance(module, QLinear)
     return _parts(quantize_nf4(dense, blocksize=module.blocksize, double_quant=module.double_quant))
 

@@ -22,13 +22,16 @@ from ..convert import (
     _weights,
     convert,
 )
+from ..experts import QExperts
 from ..linear import QLinear
 from ..named_adapters import DEFAULT
+from .experts import dense_experts
 from .transformers_config import FastLoraConfig, merged
 
 if TYPE_CHECKING:
     from . import transformers_loading
 
+_LAYERS = (QLinear, QExperts)
 _ADAPTERS = r"(^|[._])lora_[AB]$"
 
 
@@ -69,7 +72,7 @@ class FastLoraHfQuantizer(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         """Whether the Trainer may take the model without an adapter of PEFT's: it has its own."""
-        return self.quantization_config.rank > 0
+        return self.quantization_config.has_adapters
 
     is_compileable = True
 
@@ -121,7 +124,7 @@ class FastLoraHfQuantizer(HfQuantizer):
             why = "; ".join(f"{s.name}: {s.reason}" for s in self.report.skipped[:5])
             warnings.warn(f"FastLoraConfig: nothing in this model is quantised ({why})", stacklevel=2)
         for module in model.modules():
-            if isinstance(module, QLinear):
+            if isinstance(module, _LAYERS):
                 # transformers is not to initialise it as the Linear that it is a kind of.
                 module._is_hf_initialized = True  # type: ignore[assignment]
         self._checkpoint = checkpoint
@@ -166,9 +169,10 @@ class FastLoraHfQuantizer(HfQuantizer):
         if self._new_adapters(model, checkpoint):
             model._keys_to_ignore_on_load_missing -= {_ADAPTERS}
             for module in model.modules():
-                if isinstance(module, QLinear):
+                if isinstance(module, _LAYERS):
                     module.reset_adapter()
-        if self.quantization_config.rank:
+        self._save_as_it_is(model)
+        if self.quantization_config.has_adapters:
             _freeze_all_but_adapters(model)
             for name in self._new_head(model, checkpoint):
                 model.get_parameter_or_buffer(name).requires_grad_(True)
@@ -206,7 +210,7 @@ class FastLoraHfQuantizer(HfQuantizer):
         for ids in _names(model).values():
             module = model.get_submodule(ids[0])
             matrices = any(p is not None and p.dim() > 1 for p in module._parameters.values())
-            if not matrices or isinstance(module, QLinear) or listed.intersection(ids):
+            if not matrices or isinstance(module, _LAYERS) or listed.intersection(ids):
                 continue
             reason = f"not a torch.nn.Linear but a {type(module).__name__}"
             if isinstance(module, nn.Linear):
@@ -245,6 +249,24 @@ class FastLoraHfQuantizer(HfQuantizer):
         )
         model.config.quantization_config = self.quantization_config
 
+    @staticmethod
+    def _save_as_it_is(model: Any) -> None:
+        """transformers undoes when it saves what it did when it loaded. Packed experts stay stacked."""
+        from transformers.core_model_loading import WeightConverter
+
+        packed = [
+            f"{path}.{name}"
+            for path, module in model.named_modules()
+            if isinstance(module, QExperts)
+            for name in module.shapes
+        ]
+        model._weight_conversions = [
+            c
+            for c in getattr(model, "_weight_conversions", None) or []
+            if not isinstance(c, WeightConverter)
+            or not any(name.endswith(target) for name in packed for target in c.target_patterns)
+        ]
+
     # --- saving, and back to dense ------------------------------------------------------------------------
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
@@ -257,25 +279,30 @@ class FastLoraHfQuantizer(HfQuantizer):
             )
         return None, {}
 
-    @torch.no_grad()
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """Each layer as a torch.nn.Linear of what it computes: the packed weight, and the active adapter's
-        product where there is one. One at a time."""
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        """Each layer as a dense one of what it computes: the packed weight, and the active adapter's product
+        where there is one. One at a time."""
+        kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         names = _names(model)
-        layers = {id(m): m for m in model.modules() if isinstance(m, QLinear)}
+        layers: dict[int, Any] = {id(m): m for m in model.modules() if isinstance(m, _LAYERS)}
         while layers:
             key, layer = layers.popitem()
-            weight = layer.dequantize(torch.float32 if layer.active_adapter else dtype)
-            if layer.active_adapter and not layer.merged:
-                adapter = layer.adapter(layer.active_adapter)
-                weight.addmm_(adapter.lora_B.float(), adapter.lora_A.float(), alpha=adapter.scaling)
-            dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            dense.weight = nn.Parameter(weight.to(dtype))
-            if layer.bias is not None:
-                dense.bias = nn.Parameter(layer.bias.to(dtype))
-            dense.train(layer.training)
+            dense = dense_experts(layer, kind) if isinstance(layer, QExperts) else _dense_linear(layer, kind)
             for path in names[key]:
                 parent, _, child = path.rpartition(".")
                 setattr(model.get_submodule(parent), child, dense)
         return model
+
+
+@torch.no_grad()
+def _dense_linear(layer: QLinear, dtype: torch.dtype | None) -> nn.Linear:
+    active = None if layer.merged else layer.active_adapter
+    weight = layer.dequantize(torch.float32 if active else dtype)
+    if active:
+        adapter = layer.adapter(active)
+        weight.addmm_(adapter.lora_B.float(), adapter.lora_A.float(), alpha=adapter.scaling)
+    dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    dense.weight = nn.Parameter(weight.to(dtype))
+    if layer.bias is not None:
+        dense.bias = nn.Parameter(layer.bias.to(dtype))
+    return dense.train(layer.training)
