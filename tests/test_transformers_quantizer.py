@@ -153,6 +153,13 @@ def test_a_model_without_a_layer_to_take_warns(dense: dict[str, str]) -> None:
         load(dense["gpt2"], quantization_config=FastLoraConfig(skip_modules=["lm_head", "wte", "wpe"]))
 
 
+def test_the_pages_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).resolve().parent.parent / "docs" / "transformers.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python run\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "transformers.md", "exec"), {})
+
+
 # --- saved and loaded again -------------------------------------------------------------------------------
 
 
@@ -207,15 +214,15 @@ def test_importing_fastlora_does_not_import_transformers() -> None:
 
 
 def test_transformers_in_a_version_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers_hook.metadata, "version", lambda name: "5.20.1")
-    with pytest.raises(ImportError, match=r"expected transformers 5\.21 or newer, got 5\.20\.1"):
+    monkeypatch.setattr(transformers_hook.metadata, "version", lambda name: "5.22.1")
+    with pytest.raises(ImportError, match=r"expected transformers 5\.23 or newer, got 5\.22\.1"):
         transformers_hook.require_transformers()
 
     def missing(name: str) -> str:
         raise transformers_hook.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(transformers_hook.metadata, "version", missing)
-    with pytest.raises(ImportError, match=r"expected transformers 5\.21 or newer, got none"):
+    with pytest.raises(ImportError, match=r"expected transformers 5\.23 or newer, got none"):
         transformers_hook.require_transformers()
 
 

@@ -16,7 +16,7 @@ from types import ModuleType
 
 from .after_import import after_import
 
-OLDEST = (5, 21)  # the first whose quantisers see the model with its weight conversions
+OLDEST = (5, 23)  # older ones cast a dense weight to the packed one's uint8 before it can be quantised
 _TABLES = "transformers.quantizers.auto"
 
 
