@@ -37,6 +37,9 @@ CONFIGS = {
     "gpt_oss": lambda: transformers.GptOssConfig(
         **COMMON, **SIZES, num_local_experts=3, num_experts_per_tok=2, head_dim=16
     ),
+    "t5": lambda: transformers.T5Config(
+        vocab_size=96, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=0
+    ),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=96, n_positions=64, n_embd=64, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2
     ),

@@ -148,6 +148,21 @@ def test_layers_that_cannot_be_taken_are_listed(dense: dict[str, str], tmp_path:
     same_bits(load(tmp_path), model)
 
 
+def test_layers_that_the_model_keeps_in_float32_stay(tmp_path: Path) -> None:
+    config = hf_models.CONFIGS["t5"]()
+    torch.manual_seed(7)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+        tmp_path, dtype=torch.float16, quantization_config=FastLoraConfig()
+    )
+    why = {s.name: s.reason for s in model.hf_quantizer.report.skipped}
+    assert why["decoder.block.1.layer.2.DenseReluDense.wo"] == "the model keeps it in float32"
+    assert model.decoder.block[1].layer[2].DenseReluDense.wo.weight.dtype == torch.float32
+    assert len(layers(model)) == 2 * (4 + 1) + 2 * (4 + 4 + 1)
+    y = model(input_ids=ids(), decoder_input_ids=ids()).logits
+    assert y.isfinite().all()
+
+
 def test_a_model_without_a_layer_to_take_warns(dense: dict[str, str]) -> None:
     with pytest.warns(UserWarning, match=r"nothing in this model is quantised \(.*Conv1D"):
         load(dense["gpt2"], quantization_config=FastLoraConfig(skip_modules=["lm_head", "wte", "wpe"]))
@@ -189,7 +204,7 @@ def test_config_json_holds_the_config(dense: dict[str, str], tmp_path: Path) -> 
     assert stored == {
         "quant_method": "fastlora", "blocksize": 32, "double_quant": True, "skip_modules": ["lm_head"],
         "target_modules": "all-linear", "rank": 2, "alpha": 3, "dropout": 0.25, "use_rslora": True,
-        "adapter_dtype": "float32",
+        "adapter_dtype": "float32", "expert_rank": None,
     }  # fmt: skip
     assert FastLoraConfig.from_dict(stored) == config
     assert load(tmp_path).config.quantization_config == config
@@ -414,6 +429,19 @@ def test_a_new_head_is_initialised_and_learns(dense: dict[str, str]) -> None:
     assert 0 < float(model.score.weight.detach().std()) < 0.1
     why = {s.name: s.reason for s in model.hf_quantizer.report.skipped}
     assert why["score"] == "not in the checkpoint, which is of another kind of model"
+
+
+def test_a_class_that_the_checkpoint_does_not_name(dense: dict[str, str], tmp_path: Path) -> None:
+    """A head that is in the file is quantised like any layer."""
+
+    class Relative(transformers.LlamaForCausalLM):
+        pass
+
+    config = FastLoraConfig(rank=2, skip_modules=[])
+    model = Relative.from_pretrained(dense["llama"], quantization_config=config)
+    assert isinstance(model.lm_head, QLinear)
+    model.save_pretrained(tmp_path)
+    same_bits(Relative.from_pretrained(tmp_path), model)
 
 
 def test_a_head_that_should_be_there_is_missing(dense: dict[str, str], tmp_path: Path) -> None:

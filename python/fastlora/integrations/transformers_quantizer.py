@@ -66,6 +66,7 @@ class FastLoraHfQuantizer(HfQuantizer):
         self.report = ConversionReport()
         self._checkpoint: transformers_loading.Checkpoint | None = None  # while one is being loaded
         self._op: transformers_loading.Quantize | None = None
+        self._head: list[str] = []  # parameters of a head that the checkpoint has not
 
     is_trainable = True
 
@@ -73,8 +74,6 @@ class FastLoraHfQuantizer(HfQuantizer):
     def is_qat_trainable(self) -> bool:
         """Whether the Trainer may take the model without an adapter of PEFT's: it has its own."""
         return self.quantization_config.has_adapters
-
-    is_compileable = True
 
     def is_serializable(self) -> bool:
         return True
@@ -105,6 +104,7 @@ class FastLoraHfQuantizer(HfQuantizer):
                 f"{checkpoint.kind} checkpoint"
             )
         config = self.quantization_config
+        self._head = self._new_head(model, checkpoint)
         if self.pre_quantized:
             packed = checkpoint.layers(model, get_model_conversion_mapping(model))
             self.report = ConversionReport()
@@ -116,7 +116,7 @@ class FastLoraHfQuantizer(HfQuantizer):
             self._list_others(model, "dense in the checkpoint")
         else:
             self.report = self._replace(
-                model, config.target_modules, config.skip_modules, self._stay_dense(model, checkpoint)
+                model, config.target_modules, config.skip_modules, self._stay_dense(model)
             )
             if config.target_modules == ALL_LINEAR:
                 self._list_others(model, None)
@@ -146,8 +146,7 @@ class FastLoraHfQuantizer(HfQuantizer):
         if isinstance(self._op, ReadBitsAndBytes):
             renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
             conversions.insert(0, BitsAndBytesConverter(self._op, self._checkpoint, renamings))
-        new = self._new_adapters(model) + self._new_head(model, self._checkpoint)
-        check_fit(model, self._checkpoint, conversions, new=new)
+        check_fit(model, self._checkpoint, conversions, new=self._new_adapters(model) + self._head)
         return conversions
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -174,8 +173,9 @@ class FastLoraHfQuantizer(HfQuantizer):
         self._save_as_it_is(model)
         if self.quantization_config.has_adapters:
             _freeze_all_but_adapters(model)
-            for name in self._new_head(model, checkpoint):
-                model.get_parameter_or_buffer(name).requires_grad_(True)
+            for name, parameter in model.named_parameters():
+                if name in self._head:
+                    parameter.requires_grad_(True)
         adapters = sum(p.nbytes for name, p in model.named_parameters() if re.search(_ADAPTERS, name))
         packed = sum(layer.bytes_before - layer.bytes_after for layer in self.report.converted)
         self.report.bytes_after = _bytes(model)
@@ -189,10 +189,11 @@ class FastLoraHfQuantizer(HfQuantizer):
             report = convert(model, target, skip_modules=[*skip, *stay], progress=False, **options)
         except NothingToConvert as nothing:
             report = ConversionReport(skipped=nothing.skipped)
-        report.skipped = [SkippedLayer(s.name, stay.get(s.name, s.reason)) for s in report.skipped]
+        reasons = {f"in skip_modules ({name})": why for name, why in stay.items() if name not in skip}
+        report.skipped = [SkippedLayer(s.name, reasons.get(s.reason, s.reason)) for s in report.skipped]
         return report
 
-    def _stay_dense(self, model: Any, checkpoint: Any) -> dict[str, str]:
+    def _stay_dense(self, model: Any) -> dict[str, str]:
         """Layers of a dense checkpoint that are not to be quantised, and why."""
         stay = dict.fromkeys(model._keep_in_fp32_modules or (), "the model keeps it in float32")
         stay |= dict.fromkeys(model._keep_in_fp32_modules_strict or (), "the model keeps it in float32")
@@ -200,7 +201,7 @@ class FastLoraHfQuantizer(HfQuantizer):
             for name, its in ((one, other), (other, one)):
                 if name.endswith(".weight"):
                     stay[name.removesuffix(".weight")] = f"its weight is tied to {its}"
-        for name in self._new_head(model, checkpoint):
+        for name in self._head:
             stay[name.rpartition(".")[0]] = "not in the checkpoint, which is of another kind of model"
         return stay
 
@@ -224,9 +225,10 @@ class FastLoraHfQuantizer(HfQuantizer):
             return []
         return [name for name in model.state_dict() if re.search(_ADAPTERS, name)]
 
-    def _new_head(self, model: Any, checkpoint: Any) -> list[str]:
-        """Parameters outside the base model of which the checkpoint, of another kind of model, has none:
-        transformers initialises them and says so."""
+    @staticmethod
+    def _new_head(model: Any, checkpoint: Any) -> list[str]:
+        """Parameters outside the base model that the checkpoint, of another kind of model, has not:
+        transformers initialises them and says so. Of the model before its layers are replaced."""
         prefix = f"{model.base_model_prefix}."
         made_for = getattr(model.config, "architectures", None) or []
         if not hasattr(model, model.base_model_prefix) or type(model).__name__ in made_for:
