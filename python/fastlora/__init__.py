@@ -7,6 +7,7 @@ from .adapter_table import AdapterTable
 from .autograd import nf4_linear
 from .conversion_report import ConversionReport
 from .convert import convert
+from .experts import QExperts
 from .isa import available_isas, current_isa, use_isa
 from .linear import QLinear
 from .model_adapters import adapters
@@ -18,6 +19,7 @@ __all__ = [
     "AdapterTable",
     "ConversionReport",
     "NF4Weight",
+    "QExperts",
     "QLinear",
     "Routing",
     "__version__",
