@@ -141,15 +141,22 @@ class QExperts(nn.Module):
     def reset_adapter(self) -> None:
         """Every lora_A Kaiming-uniform with a = sqrt(5), lora_B zero: the experts equal their bases again."""
         for name in self._shapes if self.rank else ():
-            for a in self._parameters[name + "_lora_A"]:  # type: ignore[union-attr]
+            stack_a, stack_b = self.adapter(name)
+            for a in stack_a:
                 nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-            nn.init.zeros_(self._parameters[name + "_lora_B"])  # type: ignore[arg-type]
+            nn.init.zeros_(stack_b)
 
     def adapter_parameters(self) -> Iterator[nn.Parameter]:
         """Every lora_A and lora_B."""
         for name in self._shapes if self.rank else ():
-            for suffix in ("_lora_A", "_lora_B"):
-                yield self._parameters[name + suffix]  # type: ignore[misc]
+            yield from self.adapter(name)
+
+    def adapter(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """lora_A and lora_B of a projection."""
+        self._check_name("adapter", name)
+        if not self.rank:
+            raise ValueError("QExperts.adapter: expected a rank above 0, got 0")
+        return self.get_parameter(name + "_lora_A"), self.get_parameter(name + "_lora_B")
 
     # --- computing ----------------------------------------------------------------------------------------
 
