@@ -210,7 +210,9 @@ class QExperts(nn.Module):
         )
         dropout = self.dropout if self.training else 0.0
         weight = (packed, scales, nested, self.blocksize)
-        return experts_linear(x, segments, weight, bias, a, b, self.scaling, dropout)
+        # A product, as dynamo cannot give one dynamic float to two functions (torch 2.13, dynamic=True).
+        scaling = self.scaling * 1.0
+        return experts_linear(x, segments, weight, bias, a, b, scaling, dropout)
 
     # --- weights ------------------------------------------------------------------------------------------
 
