@@ -383,7 +383,13 @@ def test_bad_weights_are_named_and_change_nothing():
     ):
         q.set_weight("down_proj", dense.double())
     assert torch.equal(q.down_proj, before)
-    for method, args in (("quantize", (dense,)), ("dequantize", ()), ("expert", (0,)), ("adapter", ())):
+    for method, args in (
+        ("quantize", (dense,)),
+        ("dequantize", ()),
+        ("dense_shape", ()),
+        ("expert", (0,)),
+        ("adapter", ()),
+    ):
         with pytest.raises(ValueError, match=rf"^QExperts.{method}: expected one of .*, got 'up_proj'$"):
             getattr(q, method)("up_proj", *args)
     with pytest.raises(ValueError, match=r"^QExperts.expert: expected an expert in 0 \.\. 4, got -1$"):

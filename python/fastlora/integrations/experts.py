@@ -165,17 +165,15 @@ def replace_experts(
     return found
 
 
-def is_dense_weight(module: nn.Module, name: str) -> bool:
-    """Whether a checkpoint's dense `name` belongs into `module` by :func:`quantize_parameter`."""
-    return isinstance(module, QExperts) and name in (module.up_name, "down_proj")
-
-
-def quantize_parameter(experts: QExperts, name: str, dense: Tensor) -> dict[str, nn.Parameter]:
-    """A checkpoint's stacked dense weights as the parameters of `experts` that hold them, by name: `name`
-    itself and its scales, on dense's device. Nothing is set. As :meth:`QExperts.quantize`."""
-    return {
-        key: nn.Parameter(part, requires_grad=False) for key, part in experts.quantize(name, dense).items()
-    }
+def packed_parameters(module: nn.Module) -> list[tuple[str, tuple[int, ...], tuple[str, ...]]]:
+    """For a loader, of every parameter of QExperts that a checkpoint has dense: its name, the shape there, and
+    the names of the parameters that :meth:`QExperts.quantize` makes beside it. None of any other module."""
+    if not isinstance(module, QExperts):
+        return []
+    beside = ("_scales", "_nested") if module.double_quant else ("_scales",)
+    return [
+        (name, module.dense_shape(name), tuple(name + suffix for suffix in beside)) for name in module.shapes
+    ]
 
 
 def _keeps_contract(module: nn.Module) -> bool:
