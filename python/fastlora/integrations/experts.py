@@ -166,8 +166,8 @@ def replace_experts(
 
 
 def packed_parameters(module: nn.Module) -> list[tuple[str, tuple[int, ...], tuple[str, ...]]]:
-    """For a loader, of every parameter of QExperts that a checkpoint has dense: its name, the shape there, and
-    the names of the parameters that :meth:`QExperts.quantize` makes beside it. None of any other module."""
+    """For a loader: of every parameter of QExperts that a checkpoint has dense its name, the shape there, and
+    the names of those that :meth:`QExperts.quantize` makes beside it. None of any other module."""
     if not isinstance(module, QExperts):
         return []
     beside = ("_scales", "_nested") if module.double_quant else ("_scales",)
