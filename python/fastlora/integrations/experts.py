@@ -165,17 +165,6 @@ def replace_experts(
     return found
 
 
-def packed_parameters(module: nn.Module) -> list[tuple[str, tuple[int, ...], tuple[str, ...]]]:
-    """For a loader: of every parameter of QExperts that a checkpoint has dense its name, the shape there, and
-    the names of those that :meth:`QExperts.quantize` makes beside it. None of any other module."""
-    if not isinstance(module, QExperts):
-        return []
-    beside = ("_scales", "_nested") if module.double_quant else ("_scales",)
-    return [
-        (name, module.dense_shape(name), tuple(name + suffix for suffix in beside)) for name in module.shapes
-    ]
-
-
 def _keeps_contract(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in _CONTRACT)
 
