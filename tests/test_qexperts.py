@@ -233,6 +233,22 @@ def test_compiles_to_one_graph(dropout):
     torch._dynamo.reset()
 
 
+def test_another_routing_compiles_nothing_anew():
+    torch._dynamo.reset()
+    q = layer().eval()
+    compiled = torch.compile(q, fullgraph=True, backend="aot_eager")
+    x, index, weights = inputs()
+    graphs = torch._dynamo.utils.counters["stats"]
+    others = (torch.zeros_like(index), index.flip(1), torch.full_like(index, E))
+    with torch.inference_mode():
+        compiled(x, index, weights)
+        before = graphs["unique_graphs"]
+        for other in others:
+            assert torch.equal(compiled(x, other, weights), q(x, other, weights))
+    assert graphs["unique_graphs"] == before
+    torch._dynamo.reset()
+
+
 def test_autocast_computes_in_its_dtype_and_returns_the_inputs():
     q = layer(hidden=64, inner=48)
     x, index, weights = inputs(hidden=64)
@@ -383,7 +399,13 @@ def test_bad_weights_are_named_and_change_nothing():
     ):
         q.set_weight("down_proj", dense.double())
     assert torch.equal(q.down_proj, before)
-    for method, args in (("quantize", (dense,)), ("dequantize", ()), ("expert", (0,)), ("adapter", ())):
+    for method, args in (
+        ("quantize", (dense,)),
+        ("dequantize", ()),
+        ("dense_shape", ()),
+        ("expert", (0,)),
+        ("adapter", ()),
+    ):
         with pytest.raises(ValueError, match=rf"^QExperts.{method}: expected one of .*, got 'up_proj'$"):
             getattr(q, method)("up_proj", *args)
     with pytest.raises(ValueError, match=r"^QExperts.expert: expected an expert in 0 \.\. 4, got -1$"):

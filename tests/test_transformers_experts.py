@@ -452,11 +452,13 @@ def test_replaced_on_meta_then_filled_from_dense_tensors(kind):
     for key, t in dense.state_dict().items():
         path, _, name = key.rpartition(".")
         module = model.get_submodule(path)
-        if stacked.is_dense_weight(module, name):
-            for part, p in stacked.quantize_parameter(module, name, t).items():
-                assert p.shape == module.get_parameter(part).shape
-                assert not p.requires_grad
-                setattr(module, part, p)
+        if isinstance(module, QExperts) and name in module.shapes:
+            assert t.shape == module.dense_shape(name)
+            parts = module.quantize(name, t)
+            assert set(parts) == stacked_names(name)
+            for part, codes in parts.items():
+                assert codes.shape == module.get_parameter(part).shape
+                setattr(module, part, nn.Parameter(codes, requires_grad=False))
         else:
             module._parameters[name] = nn.Parameter(t) if name in module._parameters else None
     want = copy.deepcopy(dense)

@@ -247,8 +247,7 @@ class QExperts(nn.Module):
         Raises ValueError for another shape, or NaN or Inf; TypeError for other dtypes than quantize_nf4's.
         """
         self._check_name("quantize", name)
-        n, k = self._shapes[name]
-        shape = (self.num_experts, k, n) if self.transposed else (self.num_experts, n, k)
+        shape = self.dense_shape(name)
         if tuple(dense.shape) != shape:
             raise ValueError(f"QExperts.quantize: expected {name} of shape {shape}, got {tuple(dense.shape)}")
         return self._packed(name, (dense.transpose(1, 2) if self.transposed else dense).detach())
@@ -294,6 +293,12 @@ class QExperts(nn.Module):
     def shapes(self) -> dict[str, tuple[int, int]]:
         """The projections by name, and an expert's (n, k) of each."""
         return dict(self._shapes)
+
+    def dense_shape(self, name: str) -> tuple[int, int, int]:
+        """That of a projection's dense weights: (E, n, k), or (E, k, n) if `transposed`."""
+        self._check_name("dense_shape", name)
+        n, k = self._shapes[name]
+        return (self.num_experts, k, n) if self.transposed else (self.num_experts, n, k)
 
     def stored(self) -> Iterator[tuple[Tensor, int]]:
         """Every uint8 Parameter and the number of weights that it stands for, 0 for scales."""

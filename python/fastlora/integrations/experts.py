@@ -187,19 +187,6 @@ def replace_experts(
     return found
 
 
-def is_dense_weight(module: nn.Module, name: str) -> bool:
-    """Whether a checkpoint's dense `name` belongs into `module` by :func:`quantize_parameter`."""
-    return isinstance(module, QExperts) and name in (module.up_name, "down_proj")
-
-
-def quantize_parameter(experts: QExperts, name: str, dense: Tensor) -> dict[str, nn.Parameter]:
-    """A checkpoint's stacked dense weights as the parameters of `experts` that hold them, by name: `name`
-    itself and its scales, on dense's device. Nothing is set. As :meth:`QExperts.quantize`."""
-    return {
-        key: nn.Parameter(part, requires_grad=False) for key, part in experts.quantize(name, dense).items()
-    }
-
-
 def _keeps_contract(module: nn.Module) -> bool:
     return all(hasattr(module, name) for name in _CONTRACT)
 
