@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import subprocess
@@ -193,6 +194,7 @@ def test_comes_back_with_the_same_bits(
     for file in files:
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
     same_bits(load(tmp_path / "two", dtype=torch.bfloat16, device_map="cpu"), model)
+    same_bits(copy.deepcopy(again), model)
 
 
 def test_config_json_holds_the_config(dense: dict[str, str], tmp_path: Path) -> None:

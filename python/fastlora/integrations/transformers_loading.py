@@ -116,8 +116,7 @@ def packed_parameters(module: nn.Module) -> tuple[Packed, ...]:
     if isinstance(module, QLinear):
         shapes["weight"] = (module.out_features, module.in_features)
     elif isinstance(module, QExperts):
-        for name, (n, k) in module.shapes.items():
-            shapes[name] = (module.num_experts, *((k, n) if module.transposed else (n, k)))
+        shapes |= {name: module.dense_shape(name) for name in module.shapes}
     return tuple(Packed(name, shape, tuple(name + s for s in suffixes)) for name, shape in shapes.items())
 
 
