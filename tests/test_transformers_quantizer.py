@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hf_models
@@ -506,6 +507,14 @@ def test_other_quantisations(dense: dict[str, str], tmp_path: Path, stored: Any,
     (path / "config.json").write_text(json.dumps(config | {"quantization_config": stored}))
     with pytest.raises(ValueError, match=rf"bitsandbytes NF4 or fastlora's, got .*{re.escape(found)}"):
         load(path, quantization_config=FastLoraConfig())
+
+
+def test_loading_into_shards_is_refused() -> None:
+    from fastlora.integrations.transformers_quantizer import FastLoraHfQuantizer
+
+    model = SimpleNamespace(config=SimpleNamespace(distributed_config=transformers.PretrainedConfig()))
+    with pytest.raises(ValueError, match="expected a model that is loaded whole, got a distributed_config"):
+        FastLoraHfQuantizer(FastLoraConfig())._process_model_before_weight_loading(model)
 
 
 def test_devices_and_dtypes_that_are_not_taken(dense: dict[str, str]) -> None:

@@ -12,6 +12,7 @@ from hf_models import ids, load, same_bits, saved
 
 import fastlora
 from fastlora import FastLoraConfig, QExperts
+from fastlora.integrations.experts import dense_experts
 
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss")
 
@@ -72,3 +73,8 @@ def test_an_expert_that_is_missing(dense: dict[str, str], tmp_path: Path) -> Non
     message = r"layers\.1\.mlp\.experts\.down_proj: .*expected down_proj of shape \(3, .*got \(2, "
     with pytest.raises(ValueError, match=message):
         load(tmp_path, quantization_config=FastLoraConfig())
+
+
+def test_experts_that_no_stock_module_was_the_origin_of() -> None:
+    with pytest.raises(TypeError, match="expected experts made from a stock module, got activation SwiGLU"):
+        dense_experts(QExperts(2, 32, 32, rank=0))

@@ -187,10 +187,6 @@ class Quantize(ConversionOps):
             lines = "".join(f"\n  {name}: {error}" for name, error in self.failures.items())
             raise ValueError(f"{_OP}: expected weights that can be quantised, got{lines}")
 
-    @property
-    def reverse_op(self) -> ConversionOps:
-        raise NotImplementedError(f"{_OP}: packed weights are saved as they are")
-
 
 class ReadBitsAndBytes(Quantize):
     """bitsandbytes' tensors of one layer to packed parameters of the same values."""
