@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from experts_contract import EXPERTS_ARGS, EXPERTS_ERRORS
 from linear_cases import FLOATS, Case, make_inputs, make_weight
 from segmented_contract import SEGMENTED_ARGS, SEGMENTED_ERRORS
 from torch import Tensor
@@ -90,7 +91,9 @@ ARGS = {
     "lora_grad_a": grad_a_args,
     "lora_grad_b": grad_b_args,
     "lora_dropout": dropout_args,
-} | SEGMENTED_ARGS
+    **SEGMENTED_ARGS,
+    **EXPERTS_ARGS,
+}
 
 
 def call(name: str, **changes: object) -> object:
@@ -274,7 +277,7 @@ BAD_INPUTS = [
         (("lora_grad_a",), GRAD_A_ERRORS),
         (("lora_grad_b",), GRAD_B_ERRORS),
         (("lora_dropout",), DROPOUT_ERRORS),
-        *((names, errors) for names, errors in SEGMENTED_ERRORS),
+        *((names, errors) for names, errors in (*SEGMENTED_ERRORS, *EXPERTS_ERRORS)),
     )
     for name in names
     for bad in table

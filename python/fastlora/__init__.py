@@ -1,5 +1,7 @@
 """fastlora: fused 4-bit NormalFloat layers with low-rank adapters."""
 
+from typing import TYPE_CHECKING, Any
+
 from . import ops_segmented  # noqa: F401 (registers its ops)
 from ._C import __version__
 from .adapter_files import load_adapter, save_adapter
@@ -7,7 +9,9 @@ from .adapter_table import AdapterTable
 from .autograd import nf4_linear
 from .conversion_report import ConversionReport
 from .convert import convert
+from .experts import QExperts
 from .huge_pages import use_huge_pages
+from .integrations import transformers_hook
 from .isa import available_isas, current_isa, use_isa
 from .linear import QLinear
 from .model_adapters import adapters
@@ -15,10 +19,14 @@ from .multi_autograd import nf4_multi_lora_linear, segmented_lora
 from .nf4 import NF4Weight, quantize_nf4
 from .routing import Routing, route
 
+if TYPE_CHECKING:
+    from .integrations.transformers_config import FastLoraConfig as FastLoraConfig
+
 __all__ = [
     "AdapterTable",
     "ConversionReport",
     "NF4Weight",
+    "QExperts",
     "QLinear",
     "Routing",
     "__version__",
@@ -36,3 +44,13 @@ __all__ = [
     "use_huge_pages",
     "use_isa",
 ]
+
+transformers_hook.install()
+
+
+def __getattr__(name: str) -> Any:  # what needs another library, which is imported when it is asked for
+    if name == "FastLoraConfig":
+        from .integrations.transformers_config import FastLoraConfig
+
+        return FastLoraConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

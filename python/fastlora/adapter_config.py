@@ -36,21 +36,26 @@ def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             inside = f"{name}." if isinstance(module, QLinear) and name else None
 
 
-def config_of(model: nn.Module, layers: Mapping[str, Parts]) -> dict[str, Any]:
-    """Of the adapter that these layers hold. Few keys, so that older versions read it too."""
-    rslora = all(layer.use_rslora for layer in layers.values())
-    ranks = {name: layer.rank for name, layer in layers.items()}
-    alphas = {name: _alpha(layer, rslora) for name, layer in layers.items()}
+def config_of(
+    model: nn.Module, layers: Mapping[str, Parts], stacks: Mapping[str, Parts] | None = None
+) -> dict[str, Any]:
+    """Of the adapter that these layers hold, and `stacks`, experts' projections. Few keys, so that older
+    versions read it too."""
+    every = {**layers, **(stacks or {})}
+    rslora = all(layer.use_rslora for layer in every.values())
+    ranks = {name: layer.rank for name, layer in every.items()}
+    alphas = {name: _alpha(layer, rslora) for name, layer in every.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {_pattern(name, layers): r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {_pattern(name, layers): a for name, a in alphas.items() if a != alpha},
+        "rank_pattern": {_pattern(name, every): r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {_pattern(name, every): a for name, a in alphas.items() if a != alpha},
         "target_modules": _target_modules(model, layers),
         "use_rslora": rslora,
-        "lora_dropout": max(layer.dropout for layer in layers.values()),
+        # PEFT makes no experts' adapter with dropout, which it needs in training only.
+        "lora_dropout": 0.0 if stacks else max(layer.dropout for layer in every.values()),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,

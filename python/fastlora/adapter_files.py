@@ -19,7 +19,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from . import expert_files
 from .adapter_config import CONFIG_NAME, config_of, guess_task, modules, pattern_value, read_config
+from .experts import QExperts
 from .linear import QLinear
 from .named_adapters import DEFAULT, Parts
 
@@ -39,7 +41,7 @@ def save_adapter(
     """Write an adapter of every QLinear in `model` that has it to `directory`, which is made if need be.
 
     Args:
-        name: which; by default the layers' own.
+        name: which; by default the layers' own, those of QExperts included (PEFT's target_parameters).
         task_type: PEFT's word for the task; by default read off a transformers class name
             (``LlamaForCausalLM`` -> ``"CAUSAL_LM"``), else null.
         base_model: the dense model's name or path; by default where a transformers model was loaded from.
@@ -51,11 +53,14 @@ def save_adapter(
     """
     model = _unwrapped(model)
     layers = _adapted(model, name)
-    if not layers:
+    stacks = expert_files.adapted(model) if name == DEFAULT else {}
+    if not layers and not stacks:
         what = "QLinear layers of rank > 0" if name == DEFAULT else f"an adapter {name!r}"
         raise ValueError(f"save_adapter: expected a model with {what}, got {_names(model) or 'none'}")
     parts = {path: layer.adapter(name) for path, layer in layers.items()}
-    config = config_of(model, parts)
+    config = config_of(model, parts, expert_files.parts(stacks))
+    if stacks:
+        config["target_parameters"] = expert_files.targets(model, stacks)
     config["task_type"] = task_type or guess_task(model)
     config["base_model_name_or_path"] = base_model or getattr(model, "name_or_path", None) or None
     came_in = {path: _file_dtype(layer, name) for path, layer in layers.items()}
@@ -64,6 +69,8 @@ def save_adapter(
         for path, one in parts.items()
         for key, p in _entries({path: one}).items()
     }
+    for key, p in expert_files.entries(stacks).items():
+        tensors[key] = expert_files.flat(key, _whole(p.detach()).to("cpu")).contiguous()
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
@@ -79,7 +86,8 @@ def load_adapter(
     name: str = DEFAULT,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Read a LoRA adapter that :func:`save_adapter` or PEFT wrote into the QLinear layers of `model`.
+    """Read a LoRA adapter that :func:`save_adapter` or PEFT wrote into the QLinear layers of `model`, and the
+    default one into its QExperts of a rank above 0 too.
 
     Args:
         name: by default the layers' own adapter, which each of them must find in the file. Any other: the
@@ -102,22 +110,26 @@ def load_adapter(
         raise FileNotFoundError(f"load_adapter: expected {WEIGHTS_NAME} in {path}, got none")
     tensors = safetensors.torch.load_file(path / WEIGHTS_NAME)
     layers = _adapted(model, name)
+    stacks = expert_files.adapted(model) if name == DEFAULT else {}
     expected: dict[str, tuple[int, ...]] = {
         key: p.shape for key, p in _entries({at: one.adapter(name) for at, one in layers.items()}).items()
     }
     if name != DEFAULT:
         layers |= _in_file(model, tensors)
         expected |= _shapes(layers, tensors)
+    expected |= expert_files.shapes(stacks)
     _check_fit(expected, tensors, path)
     for state, names in (
         ("unmerged", [at for at, layer in layers.items() if layer.merged]),
         ("materialised", [at for at, layer in layers.items() if layer.weight.is_meta]),
+        ("materialised", [at for at, experts in stacks.items() if experts.down_proj.is_meta]),
     ):
         if names:
             raise RuntimeError(
                 f"load_adapter: expected {state} layers, got {len(names)} that are not: {names[0]} ..."
             )
     rslora, dropout = config["use_rslora"], float(config.get("lora_dropout") or 0.0)
+    _load_experts(stacks, config, tensors)
     for at, layer in layers.items():
         a, b = (tensors[key] for key in _keys(at))
         alpha = pattern_value(config["alpha_pattern"], at, config["lora_alpha"])
@@ -135,6 +147,25 @@ def load_adapter(
             layer.replace_adapter(name, a, b, alpha, use_rslora=rslora)
         if name != DEFAULT:
             layer.holder(name).file_dtype = a.dtype
+
+
+def _load_experts(
+    stacks: Mapping[str, QExperts], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    alphas = {
+        at: {
+            pattern_value(config["alpha_pattern"], f"{at}.{name}", config["lora_alpha"]) for name in m.shapes
+        }
+        for at, m in stacks.items()
+    }
+    for at, values in alphas.items():
+        if len(values) > 1:
+            raise ValueError(f"load_adapter: expected one alpha for both projections of {at}, got {values}")
+    for at, experts in stacks.items():
+        for key, p in expert_files.entries({at: experts}).items():
+            with torch.no_grad():
+                p.copy_(_sharded_like(p, expert_files.stacked(key, tensors[key], experts.num_experts)))
+        experts.set_alpha(alphas[at].pop(), config["use_rslora"])
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

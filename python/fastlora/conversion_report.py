@@ -12,7 +12,8 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class ConvertedLayer:
-    """One layer that became a QLinear. Bytes are its weight's: dense before, codes and scales after; what it
+    """One layer that became a QLinear, or one projection of experts that became QExperts, whose sizes and
+    rank are those of each of `experts`. Bytes are its weight's: dense before, codes and scales after; what it
     shares with an earlier layer counts there only."""
 
     name: str
@@ -22,6 +23,7 @@ class ConvertedLayer:
     bytes_before: int
     bytes_after: int
     shares_with: str | None = None
+    experts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,17 @@ class ConversionReport:
         rows = [("layer", "count", "out x in", "rank", "MiB before", "MiB after")]
         for group in _grouped(
             self.converted,
-            lambda c: (_pattern(c.name), c.out_features, c.in_features, c.rank, c.shares_with is None),
+            lambda c: (
+                *(_pattern(c.name), c.out_features, c.in_features, c.rank, c.shares_with is None),
+                c.experts,
+            ),
         ):
             c = group[0]
             rows.append(
                 (
                     _pattern(c.name) + ("" if c.shares_with is None else " (shared)"),
                     str(len(group)),
-                    f"{c.out_features} x {c.in_features}",
+                    ("" if c.experts is None else f"{c.experts} x ") + f"{c.out_features} x {c.in_features}",
                     str(c.rank),
                     _mib(sum(c.bytes_before for c in group)),
                     _mib(sum(c.bytes_after for c in group)),

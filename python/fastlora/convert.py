@@ -1,9 +1,10 @@
-""":func:`convert`: swap a model's dense linear layers for QLinear, in place, and say what was done."""
+""":func:`convert`: swap a model's dense linear layers for QLinear and its stacked experts for QExperts, in
+place, and say what was done."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +13,20 @@ from tqdm.auto import tqdm
 
 from . import checks
 from .conversion_report import ConversionReport, ConvertedLayer, SkippedLayer
+from .experts import QExperts
+from .integrations import experts as stacked
 from .linear import QLinear, check_arguments
 
 ALL_LINEAR = "all-linear"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class NothingToConvert(ValueError):
+    """Nothing in a model could be converted; `skipped` says of each layer why."""
+
+    def __init__(self, message: str, skipped: list[SkippedLayer]) -> None:
+        super().__init__(message)
+        self.skipped = skipped
 
 
 def convert(
@@ -30,9 +41,11 @@ def convert(
     double_quant: bool = True,
     use_rslora: bool = False,
     adapter_dtype: torch.dtype | None = None,
+    expert_rank: int | None = None,
     progress: bool = True,
 ) -> ConversionReport:
-    """Replace dense linear layers of `model` by QLinear, in place, and freeze everything but the adapters.
+    """Replace dense linear layers of `model` by QLinear, and stacked experts (mixture-of-experts layers of
+    transformers 5) by :class:`QExperts`, in place, and freeze everything but the adapters.
 
     Args:
         model: any module that holds linear layers; they may be on the meta device.
@@ -41,6 +54,8 @@ def convert(
             that must match a whole path.
         skip_modules: names of modules to leave dense, with all they contain; they need not occur.
         rank, alpha, dropout, blocksize, double_quant, use_rslora, adapter_dtype: as for :class:`QLinear`.
+        expert_rank: that of each single expert, by default `rank`; 0 leaves the experts without adapters,
+            which are most of a model's where there are many experts.
         progress: show a progress bar.
 
     Layers go one at a time and each dense weight is let go at once, so no more than the dense model and one
@@ -50,8 +65,8 @@ def convert(
     its packed form, each with its own adapter. A weight that anything else uses too (an embedding, or a layer
     that is not converted) stays dense, and the report says so.
 
-    QLinear layers that are there already are left alone, adapters and all, so that a second call can give
-    other layers another rank.
+    QLinear layers and QExperts that are there already are left alone, adapters and all, so that a second call
+    can give other layers another rank.
 
     Raises ValueError when a name or the expression matches nothing, or nothing could be converted; and, with
     the layers before it converted by then, for a weight that holds NaN or Inf, which it names.
@@ -69,7 +84,9 @@ def convert(
         "use_rslora": use_rslora,
         "adapter_dtype": adapter_dtype,
     }
-    check_arguments(1, 1, rank, alpha, dropout, blocksize, torch.float32, adapter_dtype or torch.float32)
+    expert_rank = rank if expert_rank is None else expert_rank
+    for one in (rank, expert_rank):
+        check_arguments(1, 1, one, alpha, dropout, blocksize, torch.float32, adapter_dtype or torch.float32)
     report = ConversionReport(bytes_before=_bytes(model))
     names = _names(model)
     groups = _plan(model, names, target_modules, skip_modules, report.skipped)
@@ -78,26 +95,33 @@ def convert(
         for group in groups:
             first: tuple[str, QLinear] | None = None  # the group's layer that the others share weights with
             while group:
-                linear = group.pop(0)
-                name = names[id(linear)][0]
+                dense = group.pop(0)
+                name = names[id(dense)][0]
                 bar.set_postfix_str(name, refresh=False)
+                layer: QLinear | QExperts
                 try:
-                    layer = QLinear.from_linear(linear, **options)
+                    if isinstance(dense, nn.Linear):
+                        layer = QLinear.from_linear(dense, **options)
+                    else:
+                        layer = stacked.from_module(dense, **options | {"rank": expert_rank})
                 except ValueError as error:
                     done = len(report.converted)
                     raise ValueError(
                         f"convert: {name}: {error} ({done} of {count} layers converted)"
                     ) from error
-                layer.bias = linear.bias  # itself, in case it is shared
-                if first is not None:
-                    layer.share_base(first[1])
-                report.converted.append(_converted(name, linear, layer, first))
-                for alias in names[id(linear)]:
+                if isinstance(layer, QLinear) and isinstance(dense, nn.Linear):
+                    layer.bias = dense.bias  # itself, in case it is shared
+                    if first is not None:
+                        layer.share_base(first[1])
+                    report.converted.append(_converted(name, dense, layer, first))
+                    first = first or (name, layer)
+                elif isinstance(layer, QExperts):
+                    report.converted += _converted_experts(name, dense, layer)
+                for alias in names[id(dense)]:
                     parent, _, child = alias.rpartition(".")
                     setattr(model.get_submodule(parent), child, layer)
-                first = first or (name, layer)
                 bar.update()
-                del linear  # with it goes the dense weight, before the next layer is packed
+                del dense  # with it goes the dense weight, before the next layer is packed
     _freeze_all_but_adapters(model)
     report.bytes_after = _bytes(model)
     report.trainable, report.total = _weights(model)
@@ -118,6 +142,13 @@ def _converted(
     )
 
 
+def _converted_experts(name: str, dense: nn.Module, layer: QExperts) -> Iterator[ConvertedLayer]:
+    """An entry for each projection."""
+    for p, (n, k) in layer.shapes.items():
+        before, after = dense.get_parameter(p).nbytes, layer.nbytes_of(p)
+        yield ConvertedLayer(f"{name}.{p}", n, k, layer.rank, before, after, experts=layer.num_experts)
+
+
 # --- what to convert --------------------------------------------------------------------------------------
 
 
@@ -135,7 +166,7 @@ def _plan(
     target_modules: str | Sequence[str],
     skip_modules: Sequence[str],
     skipped: list[SkippedLayer],
-) -> list[list[nn.Linear]]:
+) -> list[list[nn.Module]]:
     """Layers to convert, those that share a weight together; fills `skipped`. Changes nothing else."""
     matching = _matching(names, target_modules)
     if isinstance(skip_modules, str):
@@ -144,7 +175,7 @@ def _plan(
     candidates: list[nn.Module] = []
     for module in model.modules():
         paths = names[id(module)]
-        if target_modules == ALL_LINEAR and not isinstance(module, nn.Linear):
+        if target_modules == ALL_LINEAR and not (isinstance(module, nn.Linear) or stacked.is_experts(module)):
             continue
         if not any(path in matching for path in paths):
             continue
@@ -157,13 +188,18 @@ def _plan(
             reasons[id(module)] = why
 
     users = _users_of_parameters(model)
-    groups: dict[Hashable, list[nn.Linear]] = {}
+    groups: dict[Hashable, list[nn.Module]] = {}
     chosen = {id(m) for m in candidates} - set(reasons)
     for module in candidates:
-        if id(module) in reasons or not isinstance(module, nn.Linear):
+        if id(module) in reasons:
             continue
-        key = _identity(module.weight)
-        outsider = next((m for m, attr in users[key] if id(m) not in chosen or attr != "weight"), None)
+        if isinstance(module, nn.Linear):
+            key = _identity(module.weight)
+            outsider = next((m for m, attr in users[key] if id(m) not in chosen or attr != "weight"), None)
+        else:
+            key = id(module)
+            weights = [_identity(getattr(module, name)) for name in stacked.weight_names(module)]
+            outsider = next((m for weight in weights for m, _ in users[weight] if m is not module), None)
         if outsider is None:
             groups.setdefault(key, []).append(module)
         else:
@@ -173,8 +209,9 @@ def _plan(
             )
     skipped.extend(SkippedLayer(names[id(m)][0], reasons[id(m)]) for m in candidates if id(m) in reasons)
     if not groups:
-        why = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:5]) or "the model holds no torch.nn.Linear"
-        raise ValueError(f"convert: expected a layer that can be converted, got none ({why})")
+        why = "; ".join(f"{s.name}: {s.reason}" for s in skipped[:5])
+        why = why or "the model holds no torch.nn.Linear and no stacked experts"
+        raise NothingToConvert(f"convert: expected a layer that can be converted, got none ({why})", skipped)
     return list(groups.values())
 
 
@@ -206,6 +243,8 @@ def _unconvertible(model: nn.Module, module: nn.Module, paths: list[str]) -> str
     """Why a module cannot become a QLinear, or None if it can."""
     if isinstance(module, QLinear):
         return "already a QLinear"
+    if stacked.is_experts(module):
+        return stacked.why_not(module)
     if not isinstance(module, nn.Linear):
         return f"not a torch.nn.Linear but a {type(module).__name__}"
     if type(module) is not nn.Linear:
@@ -260,6 +299,7 @@ def _freeze_all_but_adapters(model: nn.Module) -> None:
         for name in m.adapter_names
         for p in m.adapter(name)[:2]
     }
+    adapters |= {id(p) for m in model.modules() if isinstance(m, QExperts) for p in m.adapter_parameters()}
     for parameter in model.parameters():
         if id(parameter) not in adapters:
             parameter.requires_grad_(False)
@@ -274,6 +314,8 @@ def _weights(model: nn.Module) -> tuple[int, int]:
             for scales in (module.weight_scales, module.weight_nested):
                 if scales is not None:
                     elements[_identity(scales)] = 0
+        if isinstance(module, QExperts):
+            elements |= {_identity(p): weights for p, weights in module.stored()}
     parameters = _once(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     return trainable, sum(elements.get(_identity(p), p.numel()) for p in parameters)

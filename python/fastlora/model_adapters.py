@@ -11,6 +11,7 @@ from torch import nn
 
 from .active import Batch, Place
 from .adapter_table import AdapterTable
+from .experts import QExperts
 from .routing import Router
 
 if TYPE_CHECKING:
@@ -38,12 +39,19 @@ class adapters:
     replayed with the routing that they had, but compiled ones only inside the block.
 
     Raises, with nothing changed: ValueError for a name that no layer has, listing those there are;
-    RuntimeError for a merged layer. A layer that is given another number of rows raises ValueError.
+    RuntimeError for a merged layer, or experts with adapters. A layer that is given another number of rows
+    raises ValueError.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str | None], batch_invariant: bool = False) -> None:
         if isinstance(names, str) or not all(name is None or isinstance(name, str) for name in names):
             raise TypeError(f"adapters: expected a sequence of names, one a row or a prompt, got {names!r}")
+        trained = sum(isinstance(m, QExperts) and bool(m.rank) for m in model.modules())
+        if trained:
+            raise RuntimeError(
+                "adapters: expected experts without adapters of their own, which all rows would get, got "
+                f"{trained} layers with them; convert with expert_rank=0"
+            )
         self._layers = _layers(model)
         self._names, self._batch_invariant = list(names), batch_invariant
         self._distinct = [name for name in dict.fromkeys(names) if name is not None]
