@@ -7,12 +7,16 @@ from .adapter_table import AdapterTable
 from .autograd import nf4_linear
 from .conversion_report import ConversionReport
 from .convert import convert
+from .integrations import peft_hook
+from .integrations.peft_loftq import initialize_loftq
 from .isa import available_isas, current_isa, use_isa
 from .linear import QLinear
 from .model_adapters import adapters
 from .multi_autograd import nf4_multi_lora_linear, segmented_lora
 from .nf4 import NF4Weight, quantize_nf4
 from .routing import Routing, route
+
+peft_hook.install()
 
 __all__ = [
     "AdapterTable",
@@ -25,6 +29,7 @@ __all__ = [
     "available_isas",
     "convert",
     "current_isa",
+    "initialize_loftq",
     "load_adapter",
     "nf4_linear",
     "nf4_multi_lora_linear",

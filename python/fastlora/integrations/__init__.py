@@ -1,0 +1,1 @@
+"""fastlora inside other libraries. Each is imported when it is used, never by ``import fastlora``."""
