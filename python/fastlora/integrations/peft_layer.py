@@ -83,11 +83,16 @@ class LoraQLinear(FusedForward, FusedLoraLayer, Linear):  # "Linear": peft goes 
         """The QLinear; while peft's own code for dense layers runs, a view of it with a dense weight."""
         return super().get_base_layer() if self._dense is None else self._dense
 
+    @property
+    def qlinear(self) -> Any:
+        """The QLinear."""
+        return super().get_base_layer()
+
     @contextmanager
     def dense_view(self) -> Iterator[_DenseView]:
         """Inside, :meth:`get_base_layer` has a float32 weight, dequantised when it is first read."""
         outer = self._dense
-        view = self._dense = outer or _DenseView(self.get_base_layer())
+        view = self._dense = outer or _DenseView(self.qlinear)
         try:
             yield view
         finally:
@@ -111,7 +116,7 @@ class LoraQLinear(FusedForward, FusedLoraLayer, Linear):  # "Linear": peft goes 
             super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
         rest = view.changed()
         if rest is not None:
-            base = self.get_base_layer()
+            base = self.qlinear
             base._set_base(quantize_nf4(rest, blocksize=base.blocksize, double_quant=base.double_quant))
 
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> Any:
@@ -124,7 +129,7 @@ class LoraQLinear(FusedForward, FusedLoraLayer, Linear):  # "Linear": peft goes 
         return variant
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[Any, None]:
-        return super().get_base_layer().weight.device, None  # uint8 is no dtype for an adapter
+        return self.qlinear.weight.device, None  # uint8 is no dtype for an adapter
 
     # --- merging ------------------------------------------------------------------------------------------
 
@@ -140,7 +145,7 @@ class LoraQLinear(FusedForward, FusedLoraLayer, Linear):  # "Linear": peft goes 
         names = [name for name in check_adapters_to_merge(self, adapter_names) or () if name in self.lora_A]
         if not names:
             return
-        base = self.get_base_layer()
+        base = self.qlinear
         original = self._original or tuple(getattr(base, part) for part in _PARTS)
         with torch.no_grad():
             dense, bias = self._folded(original, [*self.merged_adapters, *names])
@@ -160,7 +165,7 @@ class LoraQLinear(FusedForward, FusedLoraLayer, Linear):  # "Linear": peft goes 
 
     def _folded(self, original: Sequence[Any], names: list[str]) -> tuple[Tensor, Tensor | None]:
         """The float32 weight with these adapters in it, and the bias where it changes."""
-        base = self.get_base_layer()
+        base = self.qlinear
         dense, bias = _dequantized(base, original), None
         for name in names:
             a, b = self.lora_A[name].weight.float(), self.lora_B[name].weight.float()
@@ -188,7 +193,7 @@ class LoraQLinear(FusedForward, FusedLoraLayer, Linear):  # "Linear": peft goes 
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         if self._original is not None:
-            base = self.get_base_layer()
+            base = self.qlinear
             for part, parameter in zip(_PARTS, self._original, strict=True):
                 setattr(base, part, parameter)
             self._original = None

@@ -71,7 +71,7 @@ def initialize_loftq(
 
 
 def _initialize(layer: Any, weight: Tensor, name: str, iterations: int) -> None:
-    base, a, b = layer.get_base_layer(), layer.lora_A[name].weight, layer.lora_B[name].weight
+    base, a, b = layer.qlinear, layer.lora_A[name].weight, layer.lora_B[name].weight
     rank, scaling = layer.r[name], float(layer.scaling[name])
     weight = weight.to(device=base.weight.device, dtype=torch.float32)
     quantized = base.quantized_weight
