@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,12 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 ROWS = [torch.randint(0, 64, (16,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(32)]
 DATA = [{"input_ids": row, "labels": row} for row in ROWS]
 STEPS, SAVED = 6, 3
+
+
+@pytest.fixture(autouse=True)
+def one_thread(keep_threads):
+    """Models are too small for more."""
+    torch.set_num_threads(1)
 
 
 def dense_model():
@@ -235,3 +242,40 @@ def test_sft_trains_own_adapters(tokenizer, tmp_path):
     again = sft(make("own"), tmp_path / "again", tokenizer, tmp_path / "whole" / f"checkpoint-{SAVED}")
     assert losses(again) == losses(whole)
     assert same(adapters(again.model), adapters(whole.model))
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """examples/sft_trainer.py; returns run(*arguments), its exit code."""
+    for name in ("trl", "datasets"):
+        pytest.importorskip(name, reason="the example is about it")
+    folder = Path(__file__).resolve().parent.parent / "examples"
+    monkeypatch.syspath_prepend(str(folder))
+    import sft_trainer
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sft_trainer.py", *map(str, arguments)])
+        return sft_trainer.main()
+
+    return run
+
+
+def test_example(example, tmp_path, capsys):
+    assert example("--steps", 8, "--rank", 4, "--out", tmp_path) == 0
+    assert capsys.readouterr().out.count("\nyes ") == 2
+    names = {path.name for path in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= names
+
+
+def test_example_fails_when_nothing_is_learnt(example, tmp_path, capsys):
+    assert example("--steps", 1, "--learning-rate", 0, "--out", tmp_path) == 1
+    assert "NO  training lowered" in capsys.readouterr().out
+
+
+def test_example_says_what_it_does(example, capsys, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        example("--help")
+    assert ended.value.code == 0
+    assert "--learning-rate" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="expected a folder that holds a Hugging Face model"):
+        example("--model", tmp_path / "none")
