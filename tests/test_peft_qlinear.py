@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-peft = pytest.importorskip("peft", minversion="0.19", reason="PEFT is what these layers belong to")
+peft = pytest.importorskip("peft", minversion="0.20", reason="PEFT is what these layers belong to")
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict  # noqa: E402
 from peft.tuners.lora.layer import Linear as StockLinear  # noqa: E402
@@ -218,8 +218,8 @@ def test_fan_in_fan_out_is_turned_off():
 
 
 def test_an_old_peft_is_named(monkeypatch):
-    monkeypatch.setattr(peft, "__version__", "0.18.1")
-    with pytest.raises(RuntimeError, match=r"expected peft 0\.19 or newer, got 0\.18\.1"):
+    monkeypatch.setattr(peft, "__version__", "0.19.1")
+    with pytest.raises(RuntimeError, match=r"expected peft 0\.20 or newer, got 0\.19\.1"):
         get_peft_model(bases()[0], config())
 
 
@@ -413,6 +413,28 @@ def test_an_unusual_dropout_and_unknown_arguments_go_peft_s_way(x):
     assert_close(ours(x), theirs.train()(x))
     with pytest.raises(TypeError, match="unexpected keyword"):
         layer(x, scale=2)
+
+
+VARIANTS = {
+    "MiCALinearVariant": lambda: {"init_lora_weights": "mica"},
+    "VeloraLinearVariant": lambda: {"velora_config": peft.VeloraConfig(num_groups=4)},
+    "ALoraLinearVariant": lambda: {"alora_invocation_tokens": [1]},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_of_peft_s_own(name, x):
+    if name.startswith("Velora") and not hasattr(peft, "VeloraConfig"):
+        pytest.skip("this peft has no VeLoRA")
+    ours, theirs = twins(config(**VARIANTS[name]()))
+    kwargs = {"alora_offsets": [2, None, 5]} if name.startswith("ALora") else {}
+    assert name in layers(ours)["base_model.model.up"].unfused()
+    ours.train(), theirs.train()
+    (y, mine), (want, its) = grads_of(ours, x, **kwargs), grads_of(theirs, x, **kwargs)
+    assert_close(y, want)
+    assert mine.keys() == its.keys()
+    for key, value in mine.items():
+        assert_close(value, its[key], rtol=5e-4)
 
 
 # --- merging ---------------------------------------------------------------------------------------------

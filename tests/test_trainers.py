@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-peft = pytest.importorskip("peft", minversion="0.19", reason="PEFT makes the adapters that are trained")
+peft = pytest.importorskip("peft", minversion="0.20", reason="PEFT makes the adapters that are trained")
 transformers = pytest.importorskip("transformers", minversion="5.20", reason="its Trainer is what is tested")
 pytest.importorskip("accelerate", reason="the Trainer runs on it")
 

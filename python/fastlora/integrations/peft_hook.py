@@ -24,7 +24,7 @@ from ..linear import QLinear
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-OLDEST_PEFT = (0, 19)  # the first whose layers are given their whole config
+OLDEST_PEFT = (0, 20)  # of those whose layers are given their whole config, what is tested
 _MODULE = "peft.tuners.lora.model"
 
 

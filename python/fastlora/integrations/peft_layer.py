@@ -28,7 +28,6 @@ _VARIANTS = frozenset(
     [
         "DoraLinearVariant",
         "ALoraLinearVariant",
-        "ArrowLinearVariant",
         "MiCALinearVariant",
         "VeloraLinearVariant",
     ]
@@ -106,7 +105,8 @@ class LoraQLinear(FusedForward, FusedLoraLayer, Linear):  # "Linear": peft goes 
         if kind == "loftq":
             raise ValueError(
                 f"LoRA on QLinear: expected init_lora_weights of {_INITS}, got 'loftq', for which the dense "
-                "weights are needed; call fastlora.initialize_loftq(model, dense_weights) on the peft model"
+                "weights are needed; call fastlora.initialize_loftq(model, dense_weights) on a peft model "
+                "made with True, which the config of an adapter that is to be loaded has to say too"
             )
         if kind.startswith("corda"):
             raise ValueError(f"LoRA on QLinear: expected init_lora_weights of {_INITS}, got {init!r}")
