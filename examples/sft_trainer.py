@@ -1,6 +1,6 @@
 """TRL's SFTTrainer on a 4-bit model: a base in NF4, an adapter from PEFT, text from this machine.
 
-    python examples/sft_trainer.py                  # a small random Llama, about a minute on two cores
+    python examples/sft_trainer.py                  # a small random Llama, seconds of training
     python examples/sft_trainer.py --model FOLDER   # a local Hugging Face model and its tokenizer
 
 Nothing is downloaded. The linear layers become QLinear, SFTTrainer wraps them in PEFT's adapters, and these
@@ -87,7 +87,7 @@ def main() -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("sft_out"), help="where checkpoints and the adapter go"
     )
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--seed", type=int, default=0)
@@ -98,13 +98,13 @@ def main() -> int:
     held_out = pieces(text.held_out, count=32, length=128)
     arguments = SFTConfig(
         str(options.out), max_steps=options.steps, learning_rate=options.learning_rate, seed=options.seed,
-        per_device_train_batch_size=16, per_device_eval_batch_size=16, max_length=128, logging_steps=20,
+        per_device_train_batch_size=8, per_device_eval_batch_size=16, max_length=128, logging_steps=10,
         save_strategy="no", report_to=[], use_cpu=not torch.cuda.is_available(), bf16=False,
     )  # fmt: skip
     trainer = SFTTrainer(
         quantized(make),
         arguments,
-        train_dataset=pieces(text.train, count=16 * options.steps, length=128),
+        train_dataset=pieces(text.train, count=8 * options.steps, length=128),
         eval_dataset=held_out,
         processing_class=tokenizer,
         peft_config=LoraConfig(

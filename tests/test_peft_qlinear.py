@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.fsdp
 from torch import nn
 
 peft = pytest.importorskip("peft", minversion="0.20", reason="PEFT is what these layers belong to")
@@ -404,6 +405,26 @@ def test_hooks_are_called(where, x):
     assert seen == [1]
     handle.remove()
     assert layer.unfused() is None
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_sharded_by_fsdp(leaves, tmp_path, x):
+    """Leaf by leaf the modules have to be called, to be gathered; as a layer it is whole inside its call."""
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
+    try:
+        ours, theirs = twins()
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for layer in layers(ours).values():
+            for part in (layer.lora_A["default"], layer.lora_B["default"]) if leaves else (layer,):
+                dist.fsdp.fully_shard(part, mesh=mesh)
+            assert (layer.unfused() is None) is not leaves
+        (y, mine), (want, its) = grads_of(ours, x), grads_of(theirs, x)
+        assert_close(y, want)
+        for key, value in mine.items():
+            assert_close(value.full_tensor() if hasattr(value, "full_tensor") else value, its[key], rtol=5e-4)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_an_unusual_dropout_and_unknown_arguments_go_peft_s_way(x):
