@@ -11,7 +11,8 @@ from .conversion_report import ConversionReport
 from .convert import convert
 from .experts import QExperts
 from .huge_pages import use_huge_pages
-from .integrations import transformers_hook
+from .integrations import peft_hook, transformers_hook
+from .integrations.peft_loftq import initialize_loftq
 from .isa import available_isas, current_isa, use_isa
 from .linear import QLinear
 from .model_adapters import adapters
@@ -34,6 +35,7 @@ __all__ = [
     "available_isas",
     "convert",
     "current_isa",
+    "initialize_loftq",
     "load_adapter",
     "nf4_linear",
     "nf4_multi_lora_linear",
@@ -45,6 +47,7 @@ __all__ = [
     "use_isa",
 ]
 
+peft_hook.install()
 transformers_hook.install()
 
 

@@ -1,1 +1,1 @@
-"""What connects fastlora to other libraries. A library is imported when it is needed, not before."""
+"""fastlora inside other libraries. Each is imported when it is used, never by ``import fastlora``."""
