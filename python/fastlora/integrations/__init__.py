@@ -1,0 +1,1 @@
+"""fastlora in other libraries' places; each module imports what it is for."""
