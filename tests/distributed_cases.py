@@ -69,8 +69,8 @@ def loss_in_bfloat16(model, x, rank=0):
     return torch.func.functional_call(model, cast, x.bfloat16()).float().square().mean()
 
 
-def optimizer_of(model, **options):
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, **options)
+def optimizer_of(model, lr=1e-2, **options):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, **options)
 
 
 def train_alone(model, size, micro=1, steps=STEPS, call=loss_of):
