@@ -1,5 +1,7 @@
 """The model that the distributed tests train, and how one process trains it."""
 
+import contextlib
+
 import torch
 from torch import distributed, nn
 
@@ -91,7 +93,14 @@ def train_alone(model, size, micro=1, steps=STEPS, call=loss_of):
     return losses
 
 
-def train_together(model, rank, size, *, micro=1, steps=STEPS, call=loss_of, waits=None, optimizer=None):
+@contextlib.contextmanager
+def sync_always(model, last):
+    yield
+
+
+def train_together(
+    model, rank, size, *, micro=1, steps=STEPS, call=loss_of, waits=sync_always, optimizer=None
+):
     """The same by one rank. waits(model, last) is a context for each of a step's micro-batches, of which it
     is the last or not."""
     optimizer, losses = optimizer or optimizer_of(model), []

@@ -14,6 +14,7 @@ from distributed_cases import (
     net,
     optimizer_of,
     shard,
+    sync_always,
     train_alone,
     train_together,
     whole,
@@ -47,11 +48,6 @@ def sync_at_the_end(model, last):
     else:
         model.set_requires_gradient_sync(last)
         yield
-
-
-@contextlib.contextmanager
-def sync_always(model, last):
-    yield
 
 
 # --- replicated -------------------------------------------------------------------------------------------
@@ -123,7 +119,7 @@ def checkpointed(rank):
     for one in (model, again):
         shard(one)
         torch.manual_seed(7 + rank)  # dropout's
-        losses.append(train_together(one, rank, size, waits=sync_always))
+        losses.append(train_together(one, rank, size))
     assert losses[0] == losses[1]
     for p, q in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(p.to_local(), q.to_local())
@@ -166,7 +162,7 @@ def many(rank, wrap):
     optimizer = optimizer_of(model, fused=wrap is with_views)
     with torch.no_grad():
         model(batch(0, 0))  # whatever stays gathered after it does so when the batch is routed
-    losses = train_together(model, rank, size, call=routed, waits=sync_always, optimizer=optimizer)
+    losses = train_together(model, rank, size, call=routed, optimizer=optimizer)
     parity(model, reference, losses, want, 1e-5)
     for layer in (*layers(model), *layers(reference)):
         layer.set_adapter("b")
