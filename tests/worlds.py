@@ -22,15 +22,22 @@ from torch import distributed
 
 PATIENCE = 60  # seconds that a collective waits for a rank
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(
-    [
-        "torch._dynamo",  # which the first step of an optimiser imports
-        "torch.distributed.checkpoint.state_dict",
-        "torch.distributed.fsdp",
-        "torch.distributed.tensor.parallel",
-        "fastlora.integrations.tensor_parallel",
-    ]
-)
+_IMPORTED = [
+    "torch._dynamo",  # which the first step of an optimiser imports
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "fastlora.integrations.tensor_parallel",
+]
+
+
+def also_imports(*modules: str) -> None:
+    """What the tests of a file need; no effect once a world has been started."""
+    _IMPORTED.extend(modules)
+    _FORKS.set_forkserver_preload(_IMPORTED)
+
+
+also_imports()
 
 
 class World:
