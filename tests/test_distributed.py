@@ -232,7 +232,17 @@ def refusals(rank, directory):
     fastlora.save_adapter(plain, path, name="a")
     with pytest.raises(RuntimeError, match="load_adapter: expected whole layers, got 5 that are not"):
         fastlora.load_adapter(model, path, name="a")
+    for grad in (torch.enable_grad, torch.no_grad):
+        with grad(), pytest.raises(RuntimeError, match="nf4_linear: expected a whole weight, got a sharded"):
+            layer(batch(0, 0))  # the model's parameters, of which nobody has asked the model
     layer = sharded_apart(net_of_many()).head
+    layer.set_adapter("a")
+    with pytest.raises(
+        RuntimeError, match="nf4_multi_lora_linear: expected a whole weight, got a sharded one"
+    ):
+        layer(batch(0, 0))
+    with pytest.raises(NotImplementedError, match="non-contiguous"):  # torch's, without lay_apart()
+        shard(net_of_many())
     with pytest.raises(RuntimeError, match="delete_adapter: expected a layer whose parameters are whole"):
         layer.delete_adapter("a")
 

@@ -24,7 +24,7 @@ from . import checks, direct
 from .checks import Packed
 from .nf4 import NF4Weight
 from .ops_linear import product
-from .sharded import gathered
+from .sharded import check_whole, gathered
 
 _linear = torch.ops.fastlora.nf4_linear.default
 _linear_with_u = torch.ops.fastlora.nf4_linear_with_u.default
@@ -108,12 +108,14 @@ def linear_from_parts(
         or (lora_b is not None and lora_b.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
+        check_whole("nf4_linear", weight[0])
         lora_a, lora_b = gathered(lora_a), gathered(lora_b)
         return _Nf4Linear.apply(x, *weight, bias, lora_a, lora_b, scaling, seed, dropout)
     if seed is None:
         y = direct.linear(x, weight, bias, lora_a, lora_b, scaling)
         if y is not None:
             return y
+    check_whole("nf4_linear", weight[0])
     lora_a, lora_b = gathered(lora_a), gathered(lora_b)
     if seed is not None:
         return _forward_dropped(x, weight, bias, lora_a, lora_b, scaling, seed, dropout)[0]

@@ -41,6 +41,14 @@ def gathered(t: Any) -> Any:
     return full
 
 
+def check_whole(op: str, weight: Tensor | None) -> None:
+    """A packed weight is not gathered here: who meets it in pieces has gone past what keeps it whole."""
+    if is_sharded(weight):
+        raise RuntimeError(
+            f"{op}: expected a whole weight, got a sharded one; call the module that fully_shard was given"
+        )
+
+
 def cut_like(parameter: Tensor, t: Tensor) -> Tensor:
     """`t` laid out as `parameter` is: the first rank's values, where they differ."""
     if not is_sharded(parameter):
