@@ -196,8 +196,8 @@ def test_ranks_with_other_adapters_in_their_batches(world, wrap):
 
 def own_adapter_in_a_block(rank):
     """A layer's own adapter, routed, needs no preparation; not even where the model is gathered just then."""
-    reference = net()
     for by_layer in (True, False):
+        reference = net()
         model = shard(net(), by_layer=by_layer, reshard_after_forward=False)
         with torch.no_grad():
             model(batch(0, 0))
@@ -207,6 +207,15 @@ def own_adapter_in_a_block(rank):
                 if one is reference:
                     want = y
             torch.testing.assert_close(y, want)
+        # What was routed while it was gathered follows the shards.
+        model.reshard()
+        for one in (reference, model):
+            one.head.lora_B.detach().mul_(2)
+            with torch.no_grad(), fastlora.adapters(one, ["default", None] * 3):
+                y = one(batch(0, 0))
+            if one is reference:
+                want = y
+        torch.testing.assert_close(y, want)
 
 
 def test_own_adapters_are_routed_in_shards(world):
@@ -236,7 +245,7 @@ def refusals(rank, directory):
         with grad(), pytest.raises(RuntimeError, match="nf4_linear: expected a whole weight, got a sharded"):
             layer(batch(0, 0))  # the model's parameters, of which nobody has asked the model
     layer = sharded_apart(net_of_many()).head
-    layer.set_adapter("a")
+    layer.set_adapter("b")
     with pytest.raises(
         RuntimeError, match="nf4_multi_lora_linear: expected a whole weight, got a sharded one"
     ):
@@ -266,6 +275,8 @@ def files(rank, directory):
             assert torch.equal(got, expected)
         nn.init.ones_(plain.head.lora_B)
         fastlora.save_adapter(plain, directory)
+        with torch.no_grad():
+            wrapped(batch(0, 0))  # which leaves the head gathered; what is loaded must reach its shards
         fastlora.load_adapter(wrapped, directory)
         for got, expected in zip(wrapped.parameters(), plain.parameters(), strict=True):
             assert torch.equal(whole(got), expected)
@@ -373,6 +384,9 @@ def test_adapters_that_are_wrapped_one_by_one(world):
 def test_lay_apart_in_one_process():
     """It changes no result, keeps the Parameters, and leaves pickling and copying as they were."""
     model, reference = net_of_many(), net_of_many()
+    for plain in (fastlora.QLinear(64, 64), fastlora.QLinear(64, 64, rank=0)):
+        plain.lay_apart()
+        assert not plain.lies_apart  # nothing to do, and it stays as quick as it was
     held = [p for layer in layers(model) for name in ("default", "a") for p in layer.adapter(name)[:2]]
     for layer in layers(model):
         layer.lay_apart()

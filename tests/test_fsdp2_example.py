@@ -51,8 +51,8 @@ def test_one_process_loads_the_adapter_and_finds_the_same_loss(finished, monkeyp
     before, after = map(float, re.search(r"held-out loss ([\d.]+) -> ([\d.]+)", done.stdout).groups())
     assert after < before
     assert "28 layers in NF4" in done.stdout
-    assert len(re.findall(r"6/6 \[.*?step/s, loss", done.stderr)) <= 2, done.stderr
-    assert "6/6 [" in done.stderr
+    bars = re.findall(r" 6/6 \[.*?, loss", done.stderr)
+    assert 1 <= len(bars) <= 2, bars  # of the first rank alone, which may draw its last state twice
     assert {path.name for path in out.iterdir()} == {"adapter", "checkpoint-4", "checkpoint-6"}
     assert json.loads((out / "adapter" / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
     torch.manual_seed(0)

@@ -123,6 +123,7 @@ def one_layer(rank, style, n, k, options):
     assert layer.quantized_weight == reference.quantized_weight
     # The weight that this rank multiplies by, bit for bit.
     scales, nested = layer.local_scales()
+    assert (nested is not None) == (style == "ColwiseQLinear" and (n, k) == (768, 1024))  # else decoded
     packed = layer.weight.to_local()
     rows, columns = (packed.shape[0], k) if style == "ColwiseQLinear" else (n, 2 * packed.shape[1])
     part = fastlora.NF4Weight(packed, scales, nested, (rows, columns), torch.float32, layer.blocksize)

@@ -66,7 +66,8 @@ class World:
                     pytest.fail(failure, pytrace=False)
 
     def _start(self) -> None:
-        rendezvous = Path(tempfile.mkdtemp()) / "rendezvous"
+        self._folder = tempfile.TemporaryDirectory()
+        rendezvous = Path(self._folder.name) / "rendezvous"
         for rank in range(self.size):
             ours, theirs = _FORKS.Pipe()
             process = _FORKS.Process(target=_serve, args=(rank, self.size, rendezvous, theirs), daemon=True)
@@ -79,6 +80,8 @@ class World:
             pipe.close()
             process.terminate()
             process.join()
+        if self._ranks:
+            self._folder.cleanup()
         self._ranks = []
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .adapter_config import CONFIG_NAME, config_of, guess_task, modules, pattern_value, read_config
 from .linear import QLinear
 from .named_adapters import DEFAULT, Parts
-from .sharded import cut_like, whole
+from .sharded import cut_like, reshard, whole
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -122,6 +122,8 @@ def load_adapter(
             raise RuntimeError(
                 f"load_adapter: expected {state} layers, got {len(names)} that are not: {names[0]} ..."
             )
+    if apart:
+        reshard(model)
     rslora, dropout = config["use_rslora"], float(config.get("lora_dropout") or 0.0)
     for at, layer in layers.items():
         a, b = (tensors[key] for key in _keys(at))

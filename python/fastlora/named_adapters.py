@@ -292,18 +292,18 @@ class NamedAdapters(nn.Module):
     def lay_apart(self) -> None:
         """Give each adapter contiguous memory of its own, as :func:`torch.distributed.fsdp.fully_shard` needs
         it of parameters; afterwards none can be added, deleted or replaced. The Parameters stay the objects
-        they are. A batch of several adapters then copies them at each call. No effect the second time.
+        they are. A batch of several adapters then copies them at each call. No effect the second time, nor on
+        a layer whose only adapter is its own and was not routed yet.
 
         Raises RuntimeError inside a block of :func:`fastlora.adapters` and on a merged layer.
         """
         self._check_change("lay_apart")
-        if isinstance(self._table, ApartAdapters):
+        if isinstance(self._table, ApartAdapters) or (self._table is None and not self.sharded):
             return
-        with torch.no_grad():
+        if not self.sharded:  # else they do, and the memory is not ours to change
             for name in self.adapter_names:
                 for p in self.adapter(name)[:2]:
-                    if not is_sharded(p):
-                        p.data = p.detach().clone(memory_format=torch.contiguous_format)
+                    p.data = p.detach().clone(memory_format=torch.contiguous_format)
         table = ApartAdapters(self.adapter_names)
         table.set(*self._numbers(table.names))
         self._take_table(table)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -47,6 +47,15 @@ def check_whole(op: str, weight: Tensor | None) -> None:
         raise RuntimeError(
             f"{op}: expected a whole weight, got a sharded one; call the module that fully_shard was given"
         )
+
+
+def reshard(model: nn.Module) -> None:
+    """Make FSDP2 let go of what it has gathered in `model`: values written there would be lost."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def cut_like(parameter: Tensor, t: Tensor) -> Tensor:
