@@ -1,156 +1,411 @@
-"""QLinear under FSDP2 and DDP: two gloo processes on this machine."""
+"""QLinear under DDP and FSDP2: what several ranks learn is what one process learns."""
 
+import contextlib
 import copy
+import pickle
 
 import pytest
 import torch
+from distributed_cases import (
+    batch,
+    layers,
+    loss_in_bfloat16,
+    loss_of,
+    net,
+    optimizer_of,
+    shard,
+    sync_always,
+    train_alone,
+    train_together,
+    whole,
+)
 from tolerances import relative_error
 from torch import distributed, nn
+from worlds import worlds
 
 import fastlora
 
-pytestmark = pytest.mark.skipif(
-    not distributed.is_gloo_available(), reason="this torch was built without gloo"
+world = worlds(2, 3)
+
+
+def parity(got, reference, losses, want, tolerance):
+    assert losses == pytest.approx(want, rel=tolerance), f"{losses} is not {want}"
+    assert losses[-1] < losses[0]
+    for (name, p), alone in zip(got.named_parameters(), reference.parameters(), strict=True):
+        mine = whole(p.detach())
+        if alone.dtype == torch.uint8:
+            assert torch.equal(mine, alone), name
+        else:
+            assert mine.dtype == alone.dtype
+            assert relative_error(mine, alone) < 10 * tolerance, name
+
+
+@contextlib.contextmanager
+def sync_at_the_end(model, last):
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        with contextlib.nullcontext() if last else model.no_sync():
+            yield
+    else:
+        model.set_requires_gradient_sync(last)
+        yield
+
+
+# --- replicated -------------------------------------------------------------------------------------------
+
+
+def ddp(rank, micro, views):
+    size = distributed.get_world_size()
+    reference = net()
+    want = train_alone(reference, size, micro)
+    model = nn.parallel.DistributedDataParallel(net(), gradient_as_bucket_view=views)
+    losses = train_together(model, rank, size, micro=micro, waits=sync_at_the_end)
+    parity(model.module, reference, losses, want, 1e-5)
+
+
+@pytest.mark.parametrize(("micro", "views"), [(1, False), (2, True)])
+def test_replicas_learn_what_one_process_learns(world, micro, views):
+    world.run(ddp, micro, views)
+
+
+# --- sharded ----------------------------------------------------------------------------------------------
+
+
+def fsdp(rank, by_layer, reshard, micro, waits, param_dtype, tolerance):
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    size = distributed.get_world_size()
+    reference = net()
+    want = train_alone(reference, size, micro, call=loss_in_bfloat16 if param_dtype else loss_of)
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=param_dtype and torch.float32)
+    model = shard(net(), by_layer=by_layer, mp_policy=policy, reshard_after_forward=reshard)
+    for name, p in model.named_parameters():
+        assert type(p).__name__ == "DTensor", name
+        assert p.to_local().shape[0] <= -(-p.shape[0] // size), name
+    losses = train_together(model, rank, size, micro=micro, waits=waits)
+    parity(model, reference, losses, want, tolerance)
+
+
+@pytest.mark.parametrize(
+    ("by_layer", "reshard", "micro", "waits", "param_dtype", "tolerance"),
+    [
+        (True, True, 1, sync_always, None, 1e-5),
+        (True, False, 2, sync_at_the_end, None, 1e-5),
+        (False, True, 2, sync_always, None, 1e-5),
+        (False, False, 1, sync_always, None, 1e-5),
+        (True, True, 2, sync_at_the_end, torch.bfloat16, 1e-3),
+        (False, False, 1, sync_always, torch.bfloat16, 1e-3),
+    ],
 )
-WORLD = 2
+def test_shards_learn_what_one_process_learns(world, by_layer, reshard, micro, waits, param_dtype, tolerance):
+    """Whatever is one group of parameters, stays gathered, and is accumulated."""
+    world.run(fsdp, by_layer, reshard, micro, waits, param_dtype, tolerance)
 
 
-def model():
-    torch.manual_seed(0)
-    # Odd sizes: rows that do not divide evenly among the ranks.
-    model = nn.Sequential(fastlora.QLinear(70, 49, rank=4), nn.ReLU(), fastlora.QLinear(49, 33, rank=4))
-    for layer in (model[0], model[2]):
-        nn.init.normal_(layer.lora_B, std=0.3)
+def checkpointed(rank):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    size = distributed.get_world_size()
+
+    def dropping():
+        model = net()
+        for layer in layers(model):
+            layer.dropout = 0.25
+        return model
+
+    model, again = dropping(), dropping()
+    for i, block in enumerate(again.blocks):
+        again.blocks[i] = checkpoint_wrapper(block)
+    losses = []
+    for one in (model, again):
+        shard(one)
+        torch.manual_seed(7 + rank)  # dropout's
+        losses.append(train_together(one, rank, size))
+    assert losses[0] == losses[1]
+    for p, q in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(p.to_local(), q.to_local())
+
+
+def test_checkpointing_shards_changes_no_bit(world):
+    """Gradient checkpointing gathers a block once more and draws its dropout again."""
+    world.run(checkpointed)
+
+
+# --- several adapters -------------------------------------------------------------------------------------
+
+ADDED = (("a", 3), ("b", 5), ("idle", 2))
+
+
+def net_of_many():
+    model = net()
+    torch.manual_seed(1)
+    for layer in layers(model):
+        for name, rank in ADDED:
+            nn.init.normal_(layer.add_adapter(name, rank, 4).lora_B, std=0.1)
     return model
 
 
-def loss(model, x):
-    return model(x).float().square().mean()
+def names_of(rank):
+    """Of a rank's rows. No two ranks have the same adapters in their batches, and nobody has "idle"."""
+    return [["a", "a", None] * 2, ["default", "b", "a"] * 2, ["b"] * 6][rank]
 
 
-def whole(t):
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
+def routed(model, x, rank):
+    with fastlora.adapters(model, names_of(rank)):
+        return loss_of(model, x)
 
 
-def worker(rank, path):
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=WORLD)
-    try:
-        fsdp(rank)
-        ddp(rank)
-        adapters(rank, f"{path}-adapter-{rank}")
-        many(rank)
-    finally:
-        distributed.destroy_process_group()
+def many(rank, wrap):
+    size = distributed.get_world_size()
+    reference = net_of_many()
+    want = train_alone(reference, size, call=routed)
+    model = wrap(net_of_many())
+    optimizer = optimizer_of(model, fused=wrap is with_views)
+    with torch.no_grad():
+        model(batch(0, 0))  # whatever stays gathered after it does so when the batch is routed
+    losses = train_together(model, rank, size, call=routed, optimizer=optimizer)
+    parity(model, reference, losses, want, 1e-5)
+    for layer in (*layers(model), *layers(reference)):
+        layer.set_adapter("b")
+    torch.testing.assert_close(model(batch(9, 0)), reference(batch(9, 0)), rtol=1e-3, atol=1e-3)
 
 
-def fsdp(rank):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+def replicated(model):
+    return nn.parallel.DistributedDataParallel(model)
 
-    x = torch.randn(6, 70, generator=torch.Generator().manual_seed(rank))
-    reference = model()
-    for other in range(WORLD):
-        loss(reference, torch.randn(6, 70, generator=torch.Generator().manual_seed(other))).div(
-            WORLD
-        ).backward()
-    mesh = init_device_mesh("cpu", (WORLD,))
-    for policy, tolerance in (
-        (MixedPrecisionPolicy(), 1e-6),
-        (MixedPrecisionPolicy(param_dtype=torch.bfloat16), 1e-2),
+
+def with_views(model):
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def sharded_apart(model):
+    for layer in layers(model):
+        layer.lay_apart()
+    return shard(model)
+
+
+def left_whole_apart(model):
+    for layer in layers(model):
+        layer.lay_apart()
+    return shard(model, by_layer=False, reshard_after_forward=False)
+
+
+@pytest.mark.parametrize("wrap", [replicated, with_views, sharded_apart, left_whole_apart])
+def test_ranks_with_other_adapters_in_their_batches(world, wrap):
+    world.run(many, wrap)
+
+
+def own_adapter_in_a_block(rank):
+    """A layer's own adapter, routed, needs no preparation; not even where the model is gathered just then."""
+    for by_layer in (True, False):
+        reference = net()
+        model = shard(net(), by_layer=by_layer, reshard_after_forward=False)
+        with torch.no_grad():
+            model(batch(0, 0))
+            for one in (reference, model):
+                with fastlora.adapters(one, ["default", None] * 3):
+                    y = one(batch(0, 0))
+                if one is reference:
+                    want = y
+            torch.testing.assert_close(y, want)
+        # What was routed while it was gathered follows the shards.
+        model.reshard()
+        for one in (reference, model):
+            one.head.lora_B.detach().mul_(2)
+            with torch.no_grad(), fastlora.adapters(one, ["default", None] * 3):
+                y = one(batch(0, 0))
+            if one is reference:
+                want = y
+        torch.testing.assert_close(y, want)
+
+
+def test_own_adapters_are_routed_in_shards(world):
+    world.run(own_adapter_in_a_block)
+
+
+def refusals(rank, directory):
+    model = shard(net())
+    layer = model.head
+    for call, op in (
+        (lambda: layer.add_adapter("a", 3, 4), "add_adapter"),
+        (
+            lambda: layer.replace_adapter("default", torch.ones(2, 70), torch.ones(33, 2), 4),
+            "replace_adapter",
+        ),
     ):
-        sharded = model()
-        for module in (sharded[0], sharded[2], sharded):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-        loss(sharded, x).backward()
-        for (name, got), want in zip(sharded.named_parameters(), reference.parameters(), strict=True):
-            if want.dtype == torch.uint8:
-                assert type(got).__name__ == "DTensor", name
-                assert got.to_local().shape[0] <= -(-want.shape[0] // WORLD), name
-                assert torch.equal(whole(got), want), name
-            else:
-                error = relative_error(whole(got.grad), want.grad)
-                assert error < tolerance, f"{policy}: {name} is off by {error:.2g}"
+        with pytest.raises(RuntimeError, match=f"{op}: expected a layer whose parameters are whole, got"):
+            call()
+    with pytest.raises(RuntimeError, match="merge: expected a layer whose parameters are whole, got a shard"):
+        layer.merge()
+    plain = net_of_many()
+    path = f"{directory}-{rank}"
+    fastlora.save_adapter(plain, path, name="a")
+    with pytest.raises(RuntimeError, match="load_adapter: expected whole layers, got 5 that are not"):
+        fastlora.load_adapter(model, path, name="a")
+    for grad in (torch.enable_grad, torch.no_grad):
+        with grad(), pytest.raises(RuntimeError, match="nf4_linear: expected a whole weight, got a sharded"):
+            layer(batch(0, 0))  # the model's parameters, of which nobody has asked the model
+    layer = sharded_apart(net_of_many()).head
+    layer.set_adapter("b")
+    with pytest.raises(
+        RuntimeError, match="nf4_multi_lora_linear: expected a whole weight, got a sharded one"
+    ):
+        layer(batch(0, 0))
+    with pytest.raises(NotImplementedError, match="non-contiguous"):  # torch's, without lay_apart()
+        shard(net_of_many())
+    with pytest.raises(RuntimeError, match="delete_adapter: expected a layer whose parameters are whole"):
+        layer.delete_adapter("a")
 
 
-def ddp(rank):
-    plain, inputs = (
-        model(),
-        [torch.randn(6, 70, generator=torch.Generator().manual_seed(r)) for r in range(WORLD)],
-    )
-    wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(plain))
-    loss(wrapped, inputs[rank]).backward()
-    for x in inputs:
-        loss(plain, x).div(WORLD).backward()
-    for got, want in zip(wrapped.parameters(), plain.parameters(), strict=True):
-        assert (got.grad is None) == (want.grad is None)
-        if want.grad is not None:
-            torch.testing.assert_close(got.grad, want.grad)
+def test_what_shards_refuse(world, tmp_path):
+    world.run(refusals, str(tmp_path / "adapter"))
 
 
-def adapters(rank, directory):
+# --- adapters' files --------------------------------------------------------------------------------------
+
+
+def files(rank, directory):
     """What wrapped models save fits the plain one, and the other way round."""
-    from torch.distributed.fsdp import fully_shard
-
-    want = model()
-    sharded = model()
-    for module in (sharded[0], sharded[2], sharded):
-        fully_shard(module)
-    for wrapped in (nn.parallel.DistributedDataParallel(model()), sharded):
+    want, directory = net(), f"{directory}-{rank}"
+    for wrapped in (replicated(net()), shard(net())):
         fastlora.save_adapter(wrapped, directory)
-        plain = model()
-        for p in (plain[0].lora_A, plain[0].lora_B, plain[2].lora_A, plain[2].lora_B):
-            nn.init.zeros_(p)
+        plain = net(seed=1)
+        plain.load_state_dict({k: v for k, v in want.state_dict().items() if "lora" not in k}, strict=False)
         fastlora.load_adapter(plain, directory)
         for got, expected in zip(plain.parameters(), want.parameters(), strict=True):
             assert torch.equal(got, expected)
-        nn.init.ones_(plain[2].lora_B)
+        nn.init.ones_(plain.head.lora_B)
         fastlora.save_adapter(plain, directory)
+        with torch.no_grad():
+            wrapped(batch(0, 0))  # which leaves the head gathered; what is loaded must reach its shards
         fastlora.load_adapter(wrapped, directory)
         for got, expected in zip(wrapped.parameters(), plain.parameters(), strict=True):
             assert torch.equal(whole(got), expected)
 
 
-def many(rank):
-    """A replicated model whose ranks have other adapters in their batches, some of them in none."""
-
-    def with_adapters():
-        torch.manual_seed(1)
-        made = model()
-        for layer in (made[0], made[2]):
-            for name, r in (("a", 3), ("b", 5), ("idle", 2)):
-                nn.init.normal_(layer.add_adapter(name, r, 4).lora_B, std=0.3)
-        return made
-
-    names = [["a", "a", None], ["default", "b", "a"]]
-    inputs = [torch.randn(3, 70, generator=torch.Generator().manual_seed(r)) for r in range(WORLD)]
-    plain = with_adapters()
-    for x, rows in zip(inputs, names, strict=True):
-        with fastlora.adapters(plain, rows):
-            loss(plain, x).div(WORLD).backward()
-    for views in (False, True):
-        wrapped = nn.parallel.DistributedDataParallel(with_adapters(), gradient_as_bucket_view=views)
-        optimizer = torch.optim.AdamW((p for p in wrapped.parameters() if p.requires_grad), fused=True)
-        with fastlora.adapters(wrapped, names[rank]):
-            loss(wrapped, inputs[rank]).backward()
-        for got, want in zip(wrapped.parameters(), plain.parameters(), strict=True):
-            if want.dtype != torch.uint8:
-                torch.testing.assert_close(got.grad, want.grad)
-        optimizer.step()
-        table = wrapped.module[0].join_table()
-        assert torch.equal(table.parameters("a")[0][0], wrapped.module[0].adapters["a"].lora_A)
-    refused(model(), lambda sharded: sharded[0].add_adapter("a", 3, 4))
-    refused(model(), lambda sharded: fastlora.adapters(sharded, ["default"]).__enter__())
+def test_adapters_files_fit_every_wrapping(world, tmp_path):
+    world.run(files, str(tmp_path / "adapter"))
 
 
-def refused(sharded, call):
+def named_files(rank, directory):
+    """A named adapter out of a sharded model, and back into another."""
+    directory = f"{directory}-{rank}"
+    model, reference = sharded_apart(net_of_many()), net_of_many()
+    with torch.no_grad():
+        for layer in (*layers(model), *layers(reference)):
+            layer.adapters["b"].lora_A.mul_(2)
+    fastlora.save_adapter(model, directory, name="b")
+    other = sharded_apart(net_of_many())
+    fastlora.load_adapter(other, directory, name="b")
+    for got, want in zip(other.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(whole(got), want)
+
+
+def test_named_adapters_go_through_files(world, tmp_path):
+    world.run(named_files, str(tmp_path / "adapter"))
+
+
+# --- parameters that a fused op meets in pieces -----------------------------------------------------------
+
+
+class Leaf(nn.Linear):
+    """A LoRA leaf as PEFT has them, which FSDP2 may wrap by itself."""
+
+
+class Fused(nn.Module):
+    """A layer that reads its leaves' weights and never calls them."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = fastlora.QLinear(70, 49, rank=0)
+        self.lora_A, self.lora_B = Leaf(70, 5, bias=False), Leaf(5, 49, bias=False)
+        self.dropout = 0.0
+
+    def forward(self, x):
+        base = self.base
+        a, b = self.lora_A.weight, self.lora_B.weight
+        return fastlora.nf4_linear(x, base.quantized_weight, base.bias, a, b, 2.0, dropout=self.dropout)
+
+
+def leaves(rank):
     from torch.distributed.fsdp import fully_shard
 
-    fully_shard(sharded)
-    with pytest.raises(RuntimeError, match="expected whole parameters, got sharded ones"):
-        call(sharded)
+    size = distributed.get_world_size()
+    for waits in (sync_always, sync_at_the_end):
+        reference = Fused()
+        want = train_alone(reference, size, 2)
+        model = Fused()
+        for leaf in (model.lora_A, model.lora_B, model):
+            fully_shard(leaf)
+        losses = train_together(model, rank, size, micro=2, waits=waits)
+        parity(model, reference, losses, want, 1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(batch(5, 0)), reference(batch(5, 0)), rtol=1e-4, atol=1e-4)
+        for one in (model, reference):
+            one.dropout = 0.5
+        x = batch(5, 0)
+        torch.manual_seed(3)
+        y = model(x)
+        torch.manual_seed(3)
+        torch.testing.assert_close(y, reference(x), rtol=1e-4, atol=1e-4)
 
 
-def test_two_processes_get_the_gradients_of_one(tmp_path):
-    """Sharded (FSDP2, in float32 and in mixed precision) and replicated (DDP)."""
-    torch.multiprocessing.spawn(worker, args=(tmp_path / "rendezvous",), nprocs=WORLD)
+def test_leaves_that_are_wrapped_one_by_one(world):
+    """The op gathers what FSDP2 did not; the gradients are the mean over the ranks all the same."""
+    world.run(leaves)
+
+
+def wrapped_adapters(rank):
+    """FSDP2 around each adapter of a layer, whose forward nobody calls."""
+    from torch.distributed.fsdp import fully_shard
+
+    size = distributed.get_world_size()
+    reference, model = net_of_many(), net_of_many()
+
+    for layer in layers(model):
+        layer.lay_apart()
+        for adapter in layer.adapters.values():
+            fully_shard(adapter)
+    shard(model)
+    total = sum(routed(reference, batch(0, other), other) for other in range(size)) / size
+    total.backward()
+    routed(model, batch(0, rank), rank).backward()
+    for (name, p), want in zip(model.named_parameters(), reference.parameters(), strict=True):
+        if want.grad is not None:
+            torch.testing.assert_close(
+                whole(p.grad), want.grad, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def test_adapters_that_are_wrapped_one_by_one(world):
+    world.run(wrapped_adapters)
+
+
+def test_lay_apart_in_one_process():
+    """It changes no result, keeps the Parameters, and leaves pickling and copying as they were."""
+    model, reference = net_of_many(), net_of_many()
+    for plain in (fastlora.QLinear(64, 64), fastlora.QLinear(64, 64, rank=0)):
+        plain.lay_apart()
+        assert not plain.lies_apart  # nothing to do, and it stays as quick as it was
+    held = [p for layer in layers(model) for name in ("default", "a") for p in layer.adapter(name)[:2]]
+    for layer in layers(model):
+        layer.lay_apart()
+        layer.lay_apart()
+    now = [p for layer in layers(model) for name in ("default", "a") for p in layer.adapter(name)[:2]]
+    assert all(p is q for p, q in zip(held, now, strict=True))
+    assert all(p.is_contiguous() for p in model.parameters())
+    for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with fastlora.adapters(one, names_of(1)), fastlora.adapters(reference, names_of(1)):
+            torch.testing.assert_close(one(batch(0, 0)), reference(batch(0, 0)))
+    head = model.head
+    head.adapters["a"].set_alpha(8)
+    reference.head.adapters["a"].set_alpha(8)
+    with fastlora.adapters(model, ["a"] * 6), fastlora.adapters(reference, ["a"] * 6):
+        torch.testing.assert_close(model(batch(0, 0)), reference(batch(0, 0)))
+    with pytest.raises(RuntimeError, match="add_adapter: expected a layer whose parameters are whole"):
+        head.add_adapter("c", 2, 4)
+    with (
+        fastlora.adapters(reference, ["a"] * 6),
+        pytest.raises(RuntimeError, match="lay_apart: expected to be"),
+    ):
+        reference.head.lay_apart()

@@ -24,6 +24,7 @@ from .adapter_config import CONFIG_NAME, config_of, guess_task, modules, pattern
 from .experts import QExperts
 from .linear import QLinear
 from .named_adapters import DEFAULT, Parts
+from .sharded import cut_like, reshard, whole
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -65,7 +66,7 @@ def save_adapter(
     config["base_model_name_or_path"] = base_model or getattr(model, "name_or_path", None) or None
     came_in = {path: _file_dtype(layer, name) for path, layer in layers.items()}
     tensors = {
-        key: _as_it_came(_whole(p.detach()).to("cpu").contiguous(), came_in[path])
+        key: _as_it_came(whole(p.detach()).to("cpu").contiguous(), came_in[path])
         for path, one in parts.items()
         for key, p in _entries({path: one}).items()
     }
@@ -101,7 +102,8 @@ def load_adapter(
 
     Raises, with nothing changed: ValueError that lists what is missing, unexpected or of the wrong shape, for
     a file that does not fit the model exactly, and for a kind of adapter other than plain LoRA or rsLoRA;
-    RuntimeError for layers that are merged or on the meta device; FileNotFoundError.
+    RuntimeError for layers that are merged or on the meta device, and for sharded ones that have no adapter
+    of the name and rank; FileNotFoundError.
     """
     model = _unwrapped(model)
     path = Path(directory)
@@ -119,7 +121,10 @@ def load_adapter(
         expected |= _shapes(layers, tensors)
     expected |= expert_files.shapes(stacks)
     _check_fit(expected, tensors, path)
+    ranks = {at: tensors[_keys(at)[0]].shape[0] for at in layers}
+    apart = [at for at, layer in layers.items() if layer.lies_apart]
     for state, names in (
+        ("whole", [at for at in apart if ranks[at] != _rank(layers[at], name)]),
         ("unmerged", [at for at, layer in layers.items() if layer.merged]),
         ("materialised", [at for at, layer in layers.items() if layer.weight.is_meta]),
         ("materialised", [at for at, experts in stacks.items() if experts.down_proj.is_meta]),
@@ -128,6 +133,8 @@ def load_adapter(
             raise RuntimeError(
                 f"load_adapter: expected {state} layers, got {len(names)} that are not: {names[0]} ..."
             )
+    if apart:
+        reshard(model)
     rslora, dropout = config["use_rslora"], float(config.get("lora_dropout") or 0.0)
     _load_experts(stacks, config, tensors)
     for at, layer in layers.items():
@@ -141,7 +148,7 @@ def load_adapter(
         if parts.rank == a.shape[0]:
             with torch.no_grad():
                 for p, t in zip(parts[:2], (a, b), strict=True):
-                    p.copy_(_sharded_like(p, t))
+                    p.copy_(cut_like(p, t))
             layer.set_adapter_alpha(name, alpha, rslora)
         else:
             layer.replace_adapter(name, a, b, alpha, use_rslora=rslora)
@@ -177,21 +184,6 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
-
-
-def _whole(t: Tensor) -> Tensor:
-    """What FSDP2 shards, gathered; every rank must take part."""
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
-
-
-def _sharded_like(parameter: Tensor, t: Tensor) -> Tensor:
-    """`t`, the same on every rank, laid out as `parameter` is."""
-    if not hasattr(parameter, "full_tensor"):
-        return t
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert isinstance(parameter, DTensor)
-    return distribute_tensor(t.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
 def _adapted(model: nn.Module, name: str) -> dict[str, QLinear]:
@@ -238,6 +230,10 @@ def _shapes(layers: Mapping[str, QLinear], tensors: Mapping[str, Tensor]) -> dic
 def _kind(layer: QLinear, dtype: torch.dtype | None) -> torch.dtype | None:
     """That of a new adapter: the layer's, where it has others."""
     return None if layer.adapter_names else dtype
+
+
+def _rank(layer: QLinear, name: str) -> int | None:
+    return layer.adapter(name).rank if name in layer.adapter_names else None
 
 
 def _file_dtype(layer: QLinear, name: str) -> torch.dtype | None:

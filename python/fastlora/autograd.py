@@ -24,6 +24,7 @@ from . import checks, direct
 from .checks import Packed
 from .nf4 import NF4Weight
 from .ops_linear import product
+from .sharded import check_whole, gathered
 
 _linear = torch.ops.fastlora.nf4_linear.default
 _linear_with_u = torch.ops.fastlora.nf4_linear_with_u.default
@@ -57,7 +58,8 @@ def nf4_linear(
         weight: a matrix of ``(n, k)``; never gets a gradient.
         bias: ``(n,)`` in x's dtype, or None.
         lora_a, lora_b: ``(r, k)`` and ``(n, r)`` of one floating dtype, which may differ from x's (float32
-            adapters under bfloat16 activations need no copies), or both None.
+            adapters under bfloat16 activations need no copies), or both None. DTensors are gathered; their
+            gradients are the mean of the ranks', as in FSDP2.
         scaling: the factor of the low-rank term, alpha / r in LoRA.
         dropout: the probability in [0, 1) that an element of x is left out of the low-rank term, as PEFT does
             it. Applied whenever it is not 0: pass it in training only. The mask is a function of a seed drawn
@@ -106,11 +108,18 @@ def linear_from_parts(
         or (lora_b is not None and lora_b.requires_grad)
         or (bias is not None and bias.requires_grad)
     ):
+        check_whole("nf4_linear", weight[0])
+        lora_a, lora_b = gathered(lora_a), gathered(lora_b)
         return _Nf4Linear.apply(x, *weight, bias, lora_a, lora_b, scaling, seed, dropout)
+    if seed is None:
+        y = direct.linear(x, weight, bias, lora_a, lora_b, scaling)
+        if y is not None:
+            return y
+    check_whole("nf4_linear", weight[0])
+    lora_a, lora_b = gathered(lora_a), gathered(lora_b)
     if seed is not None:
         return _forward_dropped(x, weight, bias, lora_a, lora_b, scaling, seed, dropout)[0]
-    y = direct.linear(x, weight, bias, lora_a, lora_b, scaling)
-    return _linear(x, *weight, bias, lora_a, lora_b, scaling) if y is None else y
+    return _linear(x, *weight, bias, lora_a, lora_b, scaling)
 
 
 def _forward_dropped(

@@ -18,6 +18,7 @@ from . import checks, huge_pages
 from .autograd import linear_from_parts
 from .named_adapters import NamedAdapters
 from .nf4 import NF4Weight, quantize_nf4
+from .sharded import cut_like, whole
 
 _BASE = ("weight", "weight_scales", "weight_nested")
 
@@ -176,10 +177,10 @@ class QLinear(NamedAdapters, nn.Linear):
         nn.init.kaiming_uniform_(dense, a=math.sqrt(5))
         quantized = quantize_nf4(dense, blocksize=self.blocksize, double_quant=self.double_quant)
         with torch.no_grad():
-            self.weight.copy_(quantized.packed)
-            self.weight_scales.copy_(quantized.scales)
+            self.weight.copy_(cut_like(self.weight, quantized.packed))
+            self.weight_scales.copy_(cut_like(self.weight_scales, quantized.scales))
             if self.weight_nested is not None and quantized.nested is not None:
-                self.weight_nested.copy_(quantized.nested)
+                self.weight_nested.copy_(cut_like(self.weight_nested, quantized.nested))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_features)
             nn.init.uniform_(self.bias, -bound, bound)
@@ -225,11 +226,12 @@ class QLinear(NamedAdapters, nn.Linear):
 
     @property
     def quantized_weight(self) -> NF4Weight:
-        """The weight in force (the merged one while merged) as an NF4Weight over this layer's own tensors."""
+        """The weight in force (the merged one while merged) as an NF4Weight over this layer's own tensors. A
+        sharded one is gathered, for which every rank must ask."""
         return NF4Weight(
-            self.weight.detach(),
-            self.weight_scales.detach(),
-            None if self.weight_nested is None else self.weight_nested.detach(),
+            whole(self.weight.detach()),
+            whole(self.weight_scales.detach()),
+            None if self.weight_nested is None else whole(self.weight_nested.detach()),
             torch.Size((self.out_features, self.in_features)),
             self.weight_dtype,
             self.blocksize,
@@ -273,10 +275,13 @@ class QLinear(NamedAdapters, nn.Linear):
         The original bits are kept beside the merged ones until :meth:`unmerge` gives them back exactly.
         While merged, ``state_dict`` holds the original bits and the adapter, as if unmerged;
         ``load_state_dict`` and ``train()`` unmerge first; a training forward is an error. No effect when
-        already merged, or at rank 0. Raises ValueError, changing nothing, if the sum holds NaN or Inf.
+        already merged, or at rank 0. Raises, changing nothing, ValueError if the sum holds NaN or Inf, and
+        RuntimeError for a sharded layer.
         """
         if self._unmerged is not None or self.active_adapter is None:
             return
+        if self.sharded:
+            raise RuntimeError("merge: expected a layer whose parameters are whole, got a sharded one")
         adapter = self.adapter(self.active_adapter)
         with torch.no_grad():
             dense = self.dequantize(torch.float32)

@@ -11,6 +11,7 @@ from torch import nn
 
 from .active import Batch, Place
 from .adapter_table import AdapterTable
+from .adapters_apart import ApartAdapters
 from .experts import QExperts
 from .routing import Router
 
@@ -86,7 +87,7 @@ class adapters:
                 f"adapters: expected names of adapters, got {unknown}; this model has {sorted(known)}"
             )
 
-    def _make(self, tables: list[AdapterTable]) -> dict[Place, Router]:
+    def _make(self, tables: list[AdapterTable | ApartAdapters]) -> dict[Place, Router]:
         shared: dict[tuple, Router] = {}
         routers: dict[Place, Router] = {}
         for layer, table in zip(self._layers, tables, strict=True):

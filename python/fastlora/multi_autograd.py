@@ -24,6 +24,7 @@ from .autograd import _SEED_BOUND, _any_autocast, _autocast_is_on, _NoSecondDeri
 from .checks import Packed
 from .nf4 import NF4Weight
 from .routing import Routing, route
+from .sharded import check_whole
 
 _multi_linear = torch.ops.fastlora.nf4_multi_lora_linear.default
 _multi_grad_input = torch.ops.fastlora.nf4_multi_lora_grad_input.default
@@ -118,6 +119,7 @@ def multi_linear(
             dtype = torch.get_autocast_dtype(device_type)
             x = x.to(dtype)
             bias = None if bias is None else bias.to(dtype)
+    check_whole("nf4_multi_lora_linear", weight[0])
     if torch.is_grad_enabled() and _wants(x, bias, *low.parameters, *low.a, *low.b):
         return _MultiLora.apply(x, *weight, bias, *_flat(low, routing, dropout, batch_invariant))
     if dropout.p:

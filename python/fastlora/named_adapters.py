@@ -2,7 +2,8 @@
 
 A layer with named adapters keeps all of them, its own too, in an AdapterTable. The own one, "default", stays
 the layer's lora_A and lora_B; another is ``layer.adapters[name]``, a module with parameters of these names.
-All are views of the table's pools, which is kept so by whatever torch does to a module's parameters.
+All are views of the table's pools, which is kept so by whatever torch does to a module's parameters; where
+those are sharded, or will be, they lie apart instead (`adapters_apart.py`).
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from . import checks, optimizer_strides
 from .active import Place
 from .adapter_pairs import LowRank, Pair, compact
 from .adapter_table import AdapterTable
+from .adapters_apart import ApartAdapters
 from .autograd import linear_from_parts
 from .checks import Packed
 from .multi_autograd import NO_DROPOUT, Dropout, multi_linear
 from .routing import uniform
+from .sharded import gathered, is_sharded
 
 DEFAULT = "default"
 
@@ -79,7 +82,8 @@ class Parts(NamedTuple):
 class NamedAdapters(nn.Module):
     """Mixed into QLinear, whose attributes it uses."""
 
-    _table: AdapterTable | None = None  # there while there are named adapters, or some were routed
+    # There while there are named adapters, or some were routed, or they are to lie apart.
+    _table: AdapterTable | ApartAdapters | None = None
     _active: str | None = DEFAULT
     _single: tuple[Tensor, Tensor, float] | None = None  # entries and scaling of the active one, by itself
     _kinds: tuple[object, Tensor | None] = (None, None)
@@ -120,7 +124,7 @@ class NamedAdapters(nn.Module):
         adapter.
 
         Raises ValueError for a name that is taken or "default", RuntimeError inside a block of
-        :func:`fastlora.adapters` and on a merged layer.
+        :func:`fastlora.adapters` and on a layer that is merged, sharded or laid apart.
         """
         self._check_change("add_adapter")
         if not isinstance(name, str) or not name or "." in name:
@@ -134,7 +138,7 @@ class NamedAdapters(nn.Module):
             raise TypeError(f"add_adapter: expected dtype float32, bfloat16 or float16, got {kind}")
         if dtype not in {None, kind}:
             raise TypeError(f"add_adapter: expected dtype {kind}, as the layer's other adapters, got {dtype}")
-        table = self.join_table(more=rank, dtype=kind)
+        table = self._pooled("add_adapter", more=rank, dtype=kind)
         adapter = Adapter(rank, alpha, use_rslora, dropout)
         a = torch.empty(rank, self.in_features, dtype=kind, device=table.device)
         b = torch.empty(self.out_features, rank, dtype=kind, device=table.device)
@@ -171,14 +175,14 @@ class NamedAdapters(nn.Module):
             raise RuntimeError(
                 f"delete_adapter: expected another adapter to be set, got {name!r}; call set_adapter()"
             )
-        assert self._table is not None
+        table = self._pooled("delete_adapter")
         del self.adapters[name]
-        self._table.evict(name)
+        table.evict(name)
         if not self.adapters:
             del self.adapters
-            if DEFAULT in self._table:
-                (pair,) = self._table.parameters(DEFAULT)
-                self._table.evict(DEFAULT)
+            if DEFAULT in table:
+                (pair,) = table.parameters(DEFAULT)
+                table.evict(DEFAULT)
                 for p in pair or ():
                     p.data = p.detach().contiguous()
             self._table = self._single = None
@@ -192,7 +196,7 @@ class NamedAdapters(nn.Module):
         self.adapter(name)
         of = self.holder(name)
         scaling = alpha / (math.sqrt(lora_a.shape[0]) if use_rslora else lora_a.shape[0])
-        self.join_table().replace(name, lora_a, lora_b, scaling)
+        self._pooled("replace_adapter").replace(name, lora_a, lora_b, scaling)
         of.rank = lora_a.shape[0]
         of.set_alpha(alpha, use_rslora)
         self._prepare()
@@ -229,28 +233,15 @@ class NamedAdapters(nn.Module):
 
     # --- for fastlora.adapters ----------------------------------------------------------------------------
 
-    def join_table(
-        self, names: Iterable[str] = (), *, more: int = 0, dtype: torch.dtype | None = None
-    ) -> AdapterTable:
-        """The table, with the present scalings of these adapters; made if need be, with `more` free rows."""
-        table = self._table
-        if table is None:
-            own = self._parameters.get("lora_A")
-            if hasattr(own, "full_tensor"):
-                raise RuntimeError("AdapterTable: expected whole parameters, got sharded ones")
-            kind = dtype if own is None else own.dtype
-            table = AdapterTable(
-                self.in_features, self.out_features, rank_rows=(self.rank if own is not None else 0) + more,
-                dtype=kind or torch.float32, device=self.weight.device,
-            )  # fmt: skip
-            lora_b = self._parameters.get("lora_B")
-            if own is not None and lora_b is not None:
-                table.register(DEFAULT, own, lora_b, self.scaling)
-                optimizer_strides.watch([own, lora_b])
-            self._table, self.place = table, self.place or Place()
-            self._prepare()
-            if _rejoin not in self._load_state_dict_post_hooks.values():
-                self.register_load_state_dict_post_hook(_rejoin)
+    def join_table(self, names: Iterable[str] = ()) -> AdapterTable | ApartAdapters:
+        """The table, with the present scalings of these adapters; made if need be."""
+        if self.lies_apart:
+            if not isinstance(self._table, ApartAdapters):
+                self.lay_apart()
+            assert isinstance(self._table, ApartAdapters)
+            self._table.set(*self._numbers(self._table.names))
+            return self._table
+        table = self._pooled("adapters")
         mine = [name for name in names if name in table]
         if not all(table.holds(name, 0, *self.adapter(name)[:2]) for name in mine):
             self.rejoin()  # somebody put in other parameters, or other memory
@@ -260,22 +251,90 @@ class NamedAdapters(nn.Module):
                 table.set_scaling(name, scaling)
         return table
 
+    def _pooled(self, op: str, *, more: int = 0, dtype: torch.dtype | None = None) -> AdapterTable:
+        """The table of pools; made, if need be, with `more` free rows. An error where there can be none."""
+        if self.lies_apart:
+            raise RuntimeError(
+                f"{op}: expected a layer whose parameters are whole, got one that is sharded or that "
+                "lay_apart() has prepared for it"
+            )
+        if self._table is None:
+            own, lora_b = self._parameters.get("lora_A"), self._parameters.get("lora_B")
+            kind = dtype if own is None else own.dtype
+            table = AdapterTable(
+                self.in_features, self.out_features, rank_rows=(self.rank if own is not None else 0) + more,
+                dtype=kind or torch.float32, device=self.weight.device,
+            )  # fmt: skip
+            if own is not None and lora_b is not None:
+                table.register(DEFAULT, own, lora_b, self.scaling)
+                optimizer_strides.watch([own, lora_b])
+            self._take_table(table)
+        assert isinstance(self._table, AdapterTable)
+        return self._table
+
+    def _take_table(self, table: AdapterTable | ApartAdapters) -> None:
+        self._table, self.place = table, self.place or Place()
+        self._prepare()
+        if _rejoin not in self._load_state_dict_post_hooks.values():
+            self.register_load_state_dict_post_hook(_rejoin)
+
+    @property
+    def lies_apart(self) -> bool:
+        """Whether adapters keep memory of their own: asked for by :meth:`lay_apart`, or torch shards them."""
+        return isinstance(self._table, ApartAdapters) or self.sharded
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this layer's parameters are DTensors, or are whole for the moment and FSDP2's."""
+        managed = "_is_fsdp_managed_module" in self.__dict__
+        return managed or any(is_sharded(p) for p in self._parameters.values())
+
+    def lay_apart(self) -> None:
+        """Give each adapter contiguous memory of its own, as :func:`torch.distributed.fsdp.fully_shard` needs
+        it of parameters; afterwards none can be added, deleted or replaced. The Parameters stay the objects
+        they are. A batch of several adapters then copies them at each call. No effect the second time, nor on
+        a layer whose only adapter is its own and was not routed yet.
+
+        Raises RuntimeError inside a block of :func:`fastlora.adapters` and on a merged layer.
+        """
+        self._check_change("lay_apart")
+        if isinstance(self._table, ApartAdapters) or (self._table is None and not self.sharded):
+            return
+        if not self.sharded:  # else they do, and the memory is not ours to change
+            for name in self.adapter_names:
+                for p in self.adapter(name)[:2]:
+                    p.data = p.detach().clone(memory_format=torch.contiguous_format)
+        table = ApartAdapters(self.adapter_names)
+        table.set(*self._numbers(table.names))
+        self._take_table(table)
+
+    def _numbers(self, names: Iterable[str]) -> tuple[list[int], list[float], torch.device]:
+        holders = [self.holder(name) for name in names]
+        return [of.rank for of in holders], [of.scaling for of in holders], self.weight.device
+
+    def pair(self, name: str) -> tuple[Any, Any]:
+        """lora_A and lora_B as this call computes with them."""
+        p = self.holder(name)._parameters
+        return gathered(p["lora_A"]), gathered(p["lora_B"])
+
     def forward_named(self, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         """forward where there are named adapters, or none is active."""
         table, place, active = self._table, self.place, self._active
         router = None if place is None or table is None else place.current()
         if router is not None:
-            assert table is not None
             if self.merged:
                 raise RuntimeError("QLinear: expected an unmerged layer inside adapters(), got a merged one")
-            low, dropout = table.low_rank(learns=torch.is_grad_enabled()), self._dropouts(table)
+            if isinstance(table, ApartAdapters):
+                low = table.low_rank([self.pair(name) for name in table.names])
+            else:
+                assert table is not None
+                low = table.low_rank(learns=torch.is_grad_enabled())
+            dropout = self._dropouts(table)
             return multi_linear(x, weight, bias, low, router.of(x), dropout, router.batch_invariant)
-        if active is None or self.merged:
+        lora_a, lora_b = (None, None) if active is None or self.merged else self.pair(active)
+        if active is None or lora_a is None or lora_b is None:
             return linear_from_parts(x, weight, bias, None, None, 0.0)
         of = self.holder(active)
-        lora_a, lora_b = of._parameters["lora_A"], of._parameters["lora_B"]
-        if lora_a is None:
-            return linear_from_parts(x, weight, bias, None, None, 0.0)
         if self._single is None or self._single[2] != of.scaling:
             self._prepare()
         assert self._single is not None
@@ -296,7 +355,7 @@ class NamedAdapters(nn.Module):
                 scaling = torch.tensor([[parts.scaling]], dtype=torch.float32, device=device)
             self._single = entries, scaling, parts.scaling
 
-    def _dropouts(self, table: AdapterTable) -> Dropout:
+    def _dropouts(self, table: AdapterTable | ApartAdapters) -> Dropout:
         """Each adapter's, where it is one of this training pass."""
         if not self.training:
             return NO_DROPOUT
@@ -321,7 +380,7 @@ class NamedAdapters(nn.Module):
 
     def rejoin(self) -> None:
         """Make the parameters views of the table's pools again, whatever has become of them."""
-        if self._table is not None:
+        if isinstance(self._table, AdapterTable):
             pairs: dict[str, Sequence[Pair]] = {}
             for name in self.adapter_names:
                 parts = self.adapter(name)
