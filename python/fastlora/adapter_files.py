@@ -71,7 +71,7 @@ def save_adapter(
         for key, p in _entries({path: one}).items()
     }
     for key, p in expert_files.entries(stacks).items():
-        tensors[key] = expert_files.flat(key, _whole(p.detach()).to("cpu")).contiguous()
+        tensors[key] = expert_files.flat(key, whole(p.detach()).to("cpu")).contiguous()
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ def _load_experts(
     for at, experts in stacks.items():
         for key, p in expert_files.entries({at: experts}).items():
             with torch.no_grad():
-                p.copy_(_sharded_like(p, expert_files.stacked(key, tensors[key], experts.num_experts)))
+                p.copy_(cut_like(p, expert_files.stacked(key, tensors[key], experts.num_experts)))
         experts.set_alpha(alphas[at].pop(), config["use_rslora"])
 
 
