@@ -1,0 +1,71 @@
+"""What a layer's frozen half brings to the fused product, and when it may be asked instead of called."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .. import _C
+from ..checks import Packed
+from ..linear import QLinear
+
+#: x in the dtype that the layer computes in, its weight, and its bias in that dtype.
+Operands: TypeAlias = "tuple[Tensor, Packed, Tensor | None]"
+
+
+class FusedBase(nn.Module):
+    """A layer that can say what it would multiply."""
+
+    def operands(self, x: Tensor) -> Operands | None:
+        """None: it has to be called."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Called once the layer has this class."""
+
+
+def operands(base: nn.Module, x: Tensor) -> Operands | None:
+    """Of a QLinear or a FusedBase; None where it has to be called."""
+    if watched(base):
+        return None
+    if isinstance(base, FusedBase):
+        return base.operands(x)
+    if type(base) is not QLinear or base.rank or base.merged or base.adapter_names:
+        return None
+    p = base._parameters
+    codes, scales = p["weight"], p["weight_scales"]
+    if type(codes) is not nn.Parameter or scales is None or x.device != codes.device:
+        return None  # sharded, or on its way
+    bias = p["bias"]
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    return x, (codes, scales, p["weight_nested"], base.blocksize), bias
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether somebody wants to see or change what goes through a module, so that it has to be called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or ("forward" in module.__dict__ and not _only_moves_inputs(module))
+    )
+
+
+def _only_moves_inputs(module: nn.Module) -> bool:
+    """Whether a forward of the module's own is accelerate's that brings x to the weight's device, where the
+    weight stays: nothing, where x is there already."""
+    hook = module.__dict__.get("_hf_hook")
+    return (
+        type(hook).__name__ == "AlignDevicesHook"
+        and not getattr(hook, "offload", True)
+        and not getattr(hook, "io_same_device", True)
+    )
+
+
+def computes_on(device: torch.device) -> bool:
+    """Whether this build has kernels for a device."""
+    return device.type == "cpu" or (device.type == "cuda" and _C.cuda_built)
