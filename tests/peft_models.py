@@ -26,7 +26,7 @@ def llama(base: str = "bitsandbytes", *, dtype: torch.dtype = torch.float32, **q
     """Two blocks of 64 features, weights drawn with seed 0. `quant`: for bitsandbytes' Linear4bit."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, attention_bias=True, initializer_range=0.1,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).to(dtype)
@@ -79,6 +79,7 @@ def drawn(model: Any, adapter: str, seed: int) -> Any:
 
 def added(model: Any, name: str, seed: int, **options: Any) -> None:
     options = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS} | options
+    torch.manual_seed(seed)
     model.add_adapter(name, peft.LoraConfig(**options))
     drawn(model, name, seed)
 

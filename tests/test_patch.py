@@ -3,12 +3,10 @@
 import copy
 import io
 import pickle
-import warnings
 
-import peft_models as models
 import pytest
 import torch
-from peft_models import BASES, IDS, added, assert_same_step, drawn, llama, logits, lora, peft, step, twin
+from peft_models import BASES, IDS, added, assert_same_step, bnb, drawn, llama, logits, lora, peft, step, twin
 from torch import nn
 
 import fastlora
@@ -54,7 +52,11 @@ def test_a_step_is_the_stock_step(base, options):
     close(logits(patched.eval()), logits(model.eval()))
 
 
-@pytest.mark.parametrize("quant", [{"compress_statistics": False}, {"quant_storage": torch.uint8}, {"quant_storage": torch.bfloat16}], ids=str)
+@pytest.mark.parametrize(
+    "quant",
+    [{}, {"compress_statistics": False}, {"quant_storage": torch.bfloat16}, {"cls": bnb.nn.LinearNF4}],
+    ids=str,
+)
 def test_layouts_of_a_4_bit_weight(quant):
     model = lora(llama(**quant))
     patched = twin(model)
@@ -192,6 +194,8 @@ def test_an_adapter_of_fewer_layers_and_one_added_later(base):
 @by_base
 @pytest.mark.parametrize("grad", [False, True])
 def test_mixed_batch(base, grad):
+    if grad and base == "bitsandbytes":
+        pytest.skip("PEFT adds to bitsandbytes' output in place, which autograd refuses")
     model = lora(llama(base))
     added(model, "other", 2, r=6)
     added(model, "few", 3, r=2, target_modules=["v_proj"])
@@ -205,7 +209,7 @@ def test_mixed_batch(base, grad):
     ):
         if not grad:
             close(logits(patched, adapter_names=names), logits(model, adapter_names=names))
-        else:
+        elif set(names) != {"__base__"}:
             for one in (model, patched):
                 one.set_requires_grad(["default", "other", "few"])
             assert_same_step(step(patched, adapter_names=names), step(model, adapter_names=names))
@@ -255,18 +259,19 @@ def test_files(base, tmp_path):
 
 @by_base
 def test_hotswap(base, tmp_path):
+    from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+
     other = lora(llama(base), seed=5, r=2, lora_alpha=3)
     other.save_pretrained(tmp_path)
     want = logits(other)
-    hotswap = peft.utils.hotswap
     patched = twin(lora(llama(base)))
-    hotswap.prepare_model_for_compiled_hotswap(patched, target_rank=8)
+    prepare_model_for_compiled_hotswap(patched, target_rank=8)
     before = logits(patched)
     close(before, logits(lora(llama(base))))
-    hotswap.hotswap_adapter(patched, tmp_path, adapter_name="default")
+    hotswap_adapter(patched, tmp_path, adapter_name="default")
     close(logits(patched), want)
     if base != "dense":
-        loss, grads = step(patched)
+        grads = step(patched)[1]
         assert all(g.isfinite().all() for g in grads.values())
     patched.eval()
     close(logits(patched, adapter_names=["default"] * 4), want)

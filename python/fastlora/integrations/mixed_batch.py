@@ -55,7 +55,9 @@ def _route(slots: tuple[int, ...], tokens: int, capacity: int, device: torch.dev
 
 def _make(ranks: tuple[int, ...], device: torch.device) -> Tensor:
     firsts = [sum(ranks[:i]) for i in range(len(ranks))]
-    return torch.tensor([[[f, r] for f, r in zip(firsts, ranks, strict=True)]], dtype=torch.int32, device=device)
+    return torch.tensor(
+        [[[f, r] for f, r in zip(firsts, ranks, strict=True)]], dtype=torch.int32, device=device
+    )
 
 
 @lru_cache(_MOST)

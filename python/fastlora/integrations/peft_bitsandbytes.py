@@ -44,7 +44,7 @@ class FusedLinear4bit(FusedBase, bnb.nn.Linear4bit):
     """bitsandbytes' Linear4bit over an NF4 weight. It neither dequantises the weight in training nor repacks
     it in evaluation; whatever it cannot read (see :func:`why_not`) goes the way it went."""
 
-    stock = bnb.nn.Linear4bit
+    stock: type = bnb.nn.Linear4bit
     _kept = Kept()
 
     def prepare(self) -> None:
@@ -73,7 +73,7 @@ class FusedLinear4bit(FusedBase, bnb.nn.Linear4bit):
 
     def packed(self) -> Packed | None:
         """The weight as the kernels take it, or None where they cannot."""
-        weight = self._parameters["weight"]
+        weight: Any = self._parameters["weight"]
         state = getattr(weight, "quant_state", None)
         if state is None:
             if self.quant_state is None:
@@ -131,7 +131,6 @@ def fused_class(layer: nn.Module) -> type | None:
 def is_repacked(layer: nn.Module) -> bool:
     """Whether bitsandbytes' evaluation has changed the layout of a layer's weight."""
     return bool(getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False))
-
 
 
 def why_not(layer: bnb.nn.Linear4bit) -> str | None:

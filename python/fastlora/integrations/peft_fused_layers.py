@@ -48,14 +48,14 @@ class Fused(_Base):
             self._check_forward_args(x, adapter_names=names)
             y = self._mixed(x, names)
         else:
-            held = self._modules["lora_A"]._modules
+            held: Any = self._modules["lora_A"]
             terms = [self._term(name, x) for name in self.active_adapters if name in held]
             y = self._fused(x, [term for term in terms if term is not None]) if all(terms) else None
         return super().forward(x, **kwargs) if y is None else y
 
     def _fused(self, x: Tensor, terms: Sequence[Term]) -> Tensor | None:
         """Base and adapters; None: PEFT is to compute."""
-        base = self._modules["base_layer"]
+        base: Any = self._modules["base_layer"]
         if type(base) is nn.Linear:
             return None if watched(base) else _dense(base, x, terms)
         if len(terms) != 1 and any(term.dropout for term in terms):
@@ -68,8 +68,8 @@ class Fused(_Base):
 
     def _mixed(self, x: Tensor, names: Sequence[str]) -> Tensor | None:
         """Each of x's prompts, or rows, with the adapter of its name; None: PEFT is to compute."""
-        base = self._modules["base_layer"]
-        held = self._modules["lora_A"]._modules
+        base: Any = self._modules["base_layer"]
+        held: Any = self._modules["lora_A"]
         used = [name for name in dict.fromkeys(names) if name != BASE and name in held]
         terms = [self._term(name, x) for name in used]
         if x.dim() < 2 or any(t is None or t.dropout or t.bias is not None for t in terms):
@@ -92,8 +92,9 @@ class Fused(_Base):
     def _term(self, name: str, x: Tensor) -> Term | None:
         """An adapter's tensors, or None where reading them would go around something: a variant, a hook, a
         wrapper (FSDP's of a single leaf among them)."""
+        modules: Any = self._modules
         lora_a, lora_b, dropout = (
-            self._modules[kind]._modules[name] for kind in ("lora_A", "lora_B", "lora_dropout")
+            modules[kind]._modules[name] for kind in ("lora_A", "lora_B", "lora_dropout")
         )
         if name in self.lora_variant or type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
             return None

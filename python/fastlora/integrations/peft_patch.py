@@ -31,8 +31,6 @@ class _Base(NamedTuple):
     note: str = ""
 
 
-
-
 def patch(model: nn.Module, *, show: bool = True) -> PatchReport:
     """Let a PEFT model's LoRA layers compute with fused kernels, in place. :func:`unpatch` undoes it.
 
@@ -108,9 +106,7 @@ def _is_patched(module: nn.Module) -> bool:
 # --- what becomes of a module -----------------------------------------------------------------------------
 
 
-def _plan(
-    name: str, module: nn.Module, bases: set[int], report: PatchReport
-) -> list[tuple[nn.Module, type]]:
+def _plan(name: str, module: nn.Module, bases: set[int], report: PatchReport) -> list[tuple[nn.Module, type]]:
     """The classes that a module, and the base under it, are to have. Adds to the report, and to the bases that
     belong to a layer; changes nothing else."""
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -124,7 +120,7 @@ def _plan(
             reason = f"its base is dense, and its adapters are {_names(layer)}"
         if reason is not None:
             report.skipped.append(SkippedLayer(name, reason))
-            if isinstance(base, str) and not isinstance(cls, str) or _is_patched(module):
+            if (isinstance(base, str) and not isinstance(cls, str)) or _is_patched(module):
                 bases.add(id(layer.base_layer))  # this line speaks of it too
             return []
         bases.add(id(layer.base_layer))
@@ -209,7 +205,11 @@ def _names(layer: Any) -> str:
 
 
 def _does(layer: Any, base: _Base) -> str:
-    one = "torch's product, adapter added in place" if base.kind == "dense" else "base and adapter in one product"
+    one = (
+        "torch's product, adapter added in place"
+        if base.kind == "dense"
+        else "base and adapter in one product"
+    )
     if layer.lora_A and _variants(layer) >= set(layer.lora_A):
         one = "base fused"
     return one + (f", {_names(layer)} by PEFT" if _variants(layer) else "") + base.note
