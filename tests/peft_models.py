@@ -1,5 +1,5 @@
-"""Small models as trainers build them with PEFT: a Llama whose linear layers are bitsandbytes' 4-bit ones, dense
-ones or QLinear, with LoRA layers over some of them."""
+"""Small models as trainers build them with PEFT: a Llama whose linear layers are bitsandbytes' 4-bit ones,
+dense ones or QLinear, with LoRA layers over some of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fastlora.patch: a PEFT model's losses, gradients and everything PEFT does to it are the unpatched model's."""
+"""fastlora.patch: a PEFT model's losses, gradients and all that PEFT does to it are the unpatched model's."""
 
 import copy
 import io

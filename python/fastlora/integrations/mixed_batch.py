@@ -41,8 +41,8 @@ def low_rank(members: Sequence[Member]) -> LowRank:
 
 
 def routing(slots: Sequence[int], capacity: int, x: Tensor) -> Routing:
-    """For x (rows, k), or (prompts, ..., k) with all rows of a prompt alike: a slot for each of its first size,
-    -1 for none."""
+    """For x (rows, k), or (prompts, ..., k) with all rows of a prompt alike: a slot a row or prompt, -1 for
+    none."""
     tokens = x.shape[1:-1].numel()
     make = _route if torch.compiler.is_compiling() else _remembered_route
     return make(tuple(slots), tokens, capacity, x.device)

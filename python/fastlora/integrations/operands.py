@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ def operands(base: nn.Module, x: Tensor) -> Operands | None:
         return base.operands(x)
     if type(base) is not QLinear or base.rank or base.merged or base.adapter_names:
         return None
-    p = base._parameters
+    p: Any = base._parameters
     codes, scales = p["weight"], p["weight_scales"]
     if type(codes) is not nn.Parameter or scales is None or x.device != codes.device:
         return None  # sharded, or on its way

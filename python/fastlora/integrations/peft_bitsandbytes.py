@@ -58,7 +58,7 @@ class FusedLinear4bit(FusedBase, bnb.nn.Linear4bit):
         return linear_from_parts(*operands, None, None, 0.0).to(x.dtype)
 
     def operands(self, x: Tensor) -> Operands | None:
-        """x in the dtype this layer computes in, the weight and the bias; None: bitsandbytes is to compute."""
+        """As in FusedBase; x in the dtype that bitsandbytes would compute in."""
         weight = self.packed()
         if weight is None or x.device != weight[0].device:
             return None
@@ -121,19 +121,19 @@ for _fused in (FusedLinear4bit, FusedLinearNF4, FusedLoraLinear4bit):
     _fused.__name__ = _fused.stock.__name__
 
 
-def fused_class(layer: nn.Module) -> type | None:
+def fused_class(layer: nn.Module) -> type[nn.Module] | None:
     """The class that computes what a layer of bitsandbytes does; None where none of ours can."""
     if type(layer) in {FusedLinear4bit, FusedLinearNF4}:
         return type(layer)
     return {bnb.nn.Linear4bit: FusedLinear4bit, bnb.nn.LinearNF4: FusedLinearNF4}.get(type(layer))
 
 
-def is_repacked(layer: nn.Module) -> bool:
+def is_repacked(layer: Any) -> bool:
     """Whether bitsandbytes' evaluation has changed the layout of a layer's weight."""
     return bool(getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False))
 
 
-def why_not(layer: bnb.nn.Linear4bit) -> str | None:
+def why_not(layer: Any) -> str | None:
     """Why our kernels cannot read a layer's weight where it lies; None if they can. Changes nothing."""
     weight = layer.weight
     state = getattr(weight, "quant_state", None)

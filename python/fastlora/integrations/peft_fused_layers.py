@@ -100,6 +100,8 @@ class Fused(_Base):
             return None
         if watched(lora_a) or watched(lora_b) or watched(dropout):
             return None
+        a: Any
+        b: Any
         a, b, bias = lora_a._parameters["weight"], lora_b._parameters["weight"], lora_b._parameters["bias"]
         for t in (a, b):
             if type(t) not in _WHOLE or t.dtype not in checks.DTYPE_CODE or t.device != x.device:

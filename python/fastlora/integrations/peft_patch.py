@@ -9,26 +9,16 @@ from __future__ import annotations
 import sys
 from importlib import metadata
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
-from .. import checks
-from ..conversion_report import SkippedLayer
-from ..linear import QLinear
 from .operands import FusedBase
-from .patch_report import PatchedLayer, PatchReport
+from .patch_plan import is_patched, plan
+from .patch_report import PatchReport
 
 #: The oldest versions that have what is used here.
 OLDEST = {"peft": (0, 17), "bitsandbytes": (0, 45)}
-
-
-class _Base(NamedTuple):
-    """What a layer's frozen half is, and the class it is to have."""
-
-    kind: str
-    cls: type
-    note: str = ""
 
 
 def patch(model: nn.Module, *, show: bool = True) -> PatchReport:
@@ -54,18 +44,13 @@ def patch(model: nn.Module, *, show: bool = True) -> PatchReport:
     _require("peft")
     if "bitsandbytes" in sys.modules:
         _require("bitsandbytes")
-    report = PatchReport()
-    swaps: list[tuple[nn.Module, type]] = []
-    bases: set[int] = set()
-    for name, module in model.named_modules():
-        if id(module) not in bases:
-            swaps += _plan(name, module, bases, report)
+    report, classes = plan(model)
     if not report.patched and not report.skipped:
         raise ValueError(
             "patch: expected a model with LoRA layers of PEFT or 4-bit layers of bitsandbytes, got a "
             f"{type(model).__name__} without any"
         )
-    for module, cls in swaps:
+    for module, cls in classes:
         _set_class(module, cls)
     if show:
         from rich.console import Console
@@ -81,138 +66,22 @@ def unpatch(model: nn.Module) -> int:
         raise TypeError(f"unpatch: expected a torch.nn.Module, got {type(model).__name__}")
     count = 0
     for module in model.modules():
-        if _is_patched(module):
+        if is_patched(module):
             _set_class(module, type(module).__dict__["stock"])
             module.__dict__.pop("_kept", None)
             count += 1
     return count
 
 
-def _set_class(module: nn.Module, cls: type) -> None:
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
     before = type(module).forward
     module.__class__ = cls
     # accelerate's hooks are a forward of the object's own, which calls the class's from here.
     held: Any = module.__dict__.get("_old_forward")
     if getattr(held, "__func__", None) is before:
-        module._old_forward = MethodType(cls.forward, module)  # type: ignore[attr-defined]
-    if issubclass(cls, FusedBase):
-        cls.prepare(module)
-
-
-def _is_patched(module: nn.Module) -> bool:
-    return "stock" in type(module).__dict__ and type(module).__module__.startswith(__package__)
-
-
-# --- what becomes of a module -----------------------------------------------------------------------------
-
-
-def _plan(name: str, module: nn.Module, bases: set[int], report: PatchReport) -> list[tuple[nn.Module, type]]:
-    """The classes that a module, and the base under it, are to have. Adds to the report, and to the bases that
-    belong to a layer; changes nothing else."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if isinstance(module, BaseTunerLayer):
-        layer: Any = module
-        cls = _lora_class(layer)
-        base = _base(layer.base_layer) if isinstance(cls, type) else cls
-        reason = cls if isinstance(cls, str) else base if isinstance(base, str) else None
-        if reason is None and base.kind == "dense" and layer.lora_A and _variants(layer) >= set(layer.lora_A):
-            reason = f"its base is dense, and its adapters are {_names(layer)}"
-        if reason is not None:
-            report.skipped.append(SkippedLayer(name, reason))
-            if (isinstance(base, str) and not isinstance(cls, str)) or _is_patched(module):
-                bases.add(id(layer.base_layer))  # this line speaks of it too
-            return []
-        bases.add(id(layer.base_layer))
-        adapters = {one: int(layer.r[one]) for one in layer.lora_A}
-        report.patched.append(_patched(name, layer.base_layer, base, adapters, _does(layer, base)))
-        return [(module, cls), (layer.base_layer, base.cls)]
-    if not type(module).__module__.startswith(("bitsandbytes.", __package__)):
-        return []
-    if not isinstance(module, nn.Linear):
-        return []
-    base = _base(module)
-    if _is_patched(module) or isinstance(base, str):
-        reason = base if isinstance(base, str) else "already patched"
-        report.skipped.append(SkippedLayer(name, reason))
-        return []
-    report.patched.append(_patched(name, module, base, {}, "fused" + base.note))
-    return [(module, base.cls)]
-
-
-def _patched(name: str, linear: Any, base: _Base, adapters: dict[str, int], does: str) -> PatchedLayer:
-    return PatchedLayer(name, base.kind, linear.out_features, linear.in_features, adapters, does)
-
-
-def _lora_class(layer: Any) -> type | str:
-    """The class that a tuner's layer is to have, or why it keeps its own."""
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.lora import layer as peft_lora
-
-    cls = type(layer)
-    if _is_patched(layer):
-        return "already patched"
-    if not isinstance(layer, LoraLayer):
-        return f"a {cls.__name__} of {cls.__module__}, which is not LoRA"
-    fused: type | None = None
-    if cls is peft_lora.Linear:
-        from .peft_fused_layers import FusedLinear as fused
-    elif cls.__module__ == "peft.tuners.lora.bnb" and cls.__name__ == "Linear4bit":
-        from .peft_bitsandbytes import FusedLoraLinear4bit as fused
-    if fused is None:
-        return f"PEFT's {cls.__name__}, which computes in its own way"
-    if getattr(layer, "fan_in_fan_out", False):
-        return "its base's weight is transposed (fan_in_fan_out)"
-    return _replaced_forward(layer) or fused
-
-
-def _base(base: nn.Module) -> _Base | str:
-    """What a frozen layer is and is to be, or why it stays what it is."""
-    cls = type(base)
-    replaced = _replaced_forward(base)
-    if replaced is not None:
-        return replaced
-    if cls is nn.Linear:
-        dtype = base.weight.dtype
-        return _Base("dense", cls) if dtype in checks.DTYPE_CODE else f"its base is {dtype}"
-    if cls is QLinear:
-        if base.adapter_names:
-            return "its base is a QLinear with an adapter of its own"
-        return _Base("QLinear", cls)
-    if cls.__module__ == "bitsandbytes.nn.modules" or _is_patched(base):
-        from .peft_bitsandbytes import fused_class, is_repacked, why_not
-
-        fused = fused_class(base)
-        if fused is not None:
-            note = ", scales in bfloat16 as bitsandbytes' evaluation left them" if is_repacked(base) else ""
-            return why_not(base) or _Base("bitsandbytes", fused, note)
-    return f"its base is a {cls.__name__}, which computes in its own way"
-
-
-def _replaced_forward(module: nn.Module) -> str | None:
-    if "forward" in module.__dict__ and "_hf_hook" not in module.__dict__:
-        return "somebody has replaced its forward"
-    return None
-
-
-def _variants(layer: Any) -> set[str]:
-    return set(layer.lora_variant) & set(layer.lora_A)
-
-
-def _names(layer: Any) -> str:
-    kinds = {type(layer.lora_variant[one]).__name__.removesuffix("LinearVariant") for one in _variants(layer)}
-    return ", ".join(sorted(kinds))
-
-
-def _does(layer: Any, base: _Base) -> str:
-    one = (
-        "torch's product, adapter added in place"
-        if base.kind == "dense"
-        else "base and adapter in one product"
-    )
-    if layer.lora_A and _variants(layer) >= set(layer.lora_A):
-        one = "base fused"
-    return one + (f", {_names(layer)} by PEFT" if _variants(layer) else "") + base.note
+        module.__dict__["_old_forward"] = MethodType(cls.forward, module)
+    if isinstance(module, FusedBase):
+        module.prepare()
 
 
 def _require(package: str) -> None:
