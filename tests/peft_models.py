@@ -40,6 +40,22 @@ def llama(base: str = "bitsandbytes", *, dtype: torch.dtype = torch.float32, **q
     return model
 
 
+class Pair(nn.Module):
+    """Two layers alone: what a compiler is through with soon."""
+
+    def __init__(self, base: str, **quant: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up_proj, self.down_proj = nn.Linear(64, 128), nn.Linear(128, 64)
+        if base == "bitsandbytes":
+            four_bits(self, compute_dtype=torch.float32, **quant)
+        elif base == "qlinear":
+            fastlora.convert(self, rank=0, progress=False)
+
+    def forward(self, x: torch.Tensor, **options: Any) -> torch.Tensor:
+        return self.down_proj(self.up_proj(x).relu())
+
+
 def four_bits(
     model: nn.Module, compute_dtype: torch.dtype, quant_type: str = "nf4", cls: Any = None, **quant: Any
 ) -> None:
@@ -61,6 +77,8 @@ def four_bits(
 def lora(model: nn.Module, *, seed: int = 1, **options: Any) -> Any:
     """With an adapter, "default", whose lora_B is not zero."""
     options = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS} | options
+    if isinstance(model, Pair):
+        options["target_modules"] = ["up_proj", "down_proj"]
     model = peft.get_peft_model(model, peft.LoraConfig(**options))
     return drawn(model, "default", seed)
 
