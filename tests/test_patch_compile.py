@@ -33,9 +33,8 @@ def gradients(model, value):
 
 
 @by_base
-@pytest.mark.parametrize("options", [{}, {"lora_bias": True, "bias": "all"}], ids=["plain", "biases"])
-def test_a_model_is_one_graph(base, options):
-    model = twin(lora(Pair(base), **options))
+def test_a_training_model_is_one_graph(base):
+    model = twin(lora(Pair(base), lora_bias=True, bias="all"))
     want = loss(model)
     got = loss(compiled(model))
     torch.testing.assert_close(got, want, **CLOSE)
@@ -50,9 +49,8 @@ def test_a_transformer_is_one_graph():
         torch.testing.assert_close(got, model(input_ids=IDS, use_cache=False).logits, **CLOSE)
 
 
-@by_base
-def test_several_adapters_and_dropout_trace(base):
-    model = lora(Pair(base), lora_dropout=0.3)
+def test_several_adapters_and_dropout_trace():
+    model = lora(Pair("bitsandbytes"), lora_dropout=0.3)
     added(model, "other", 2, r=6, lora_dropout=0.1, target_modules=["up_proj"])
     model = twin(model)
     torch.manual_seed(0)
@@ -73,9 +71,8 @@ def test_a_layer_routes_a_mixed_batch_in_a_graph(base):
     torch.testing.assert_close(got, layer(x, adapter_names=names), **CLOSE)
 
 
-@pytest.mark.parametrize("base", ["bitsandbytes", "dense"])
-def test_a_merge_reaches_a_compiled_layer(base):
-    layer = twin(lora(Pair(base))).base_model.model.up_proj
+def test_a_merge_reaches_a_compiled_layer():
+    layer = twin(lora(Pair("bitsandbytes"))).base_model.model.up_proj
     run = compiled(layer)
     x = torch.randn(5, 64)
     before = run(x)
@@ -86,7 +83,7 @@ def test_a_merge_reaches_a_compiled_layer(base):
     assert (run(x) - before).norm() < 0.2 * before.norm()
 
 
-@by_base
+@pytest.mark.parametrize("base", ["bitsandbytes", "dense"])
 def test_other_values_compile_nothing_anew(base, tmp_path):
     from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
@@ -104,5 +101,5 @@ def test_other_values_compile_nothing_anew(base, tmp_path):
             hotswap_adapter(model, tmp_path, adapter_name="default")
             torch.testing.assert_close(loss(run), want, **CLOSE)
             drawn(model, "default", 8)
-            assert (loss(run) - want).abs() > 1e-3
-    assert (before - want).abs() > 1e-3
+            assert (loss(run) - want).abs() > 1e-5
+    assert (before - want).abs() > 1e-5
