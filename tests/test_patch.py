@@ -78,6 +78,32 @@ def test_half_precision(base, dtype):
 
 
 @by_base
+def test_adapters_of_16_bits(base):
+    from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+
+    model = lora(llama(base))
+    added(model, "other", 2, r=6)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.bfloat16().float()  # values that both dtypes have
+    exact = {}
+    for active in ("default", ["default", "other"]):
+        model.base_model.set_adapter(active)
+        exact[str(active)] = logits(model)
+    patched = twin(model)
+    for name, p in patched.named_parameters():
+        if "lora_" in name:
+            p.data = p.data.bfloat16()
+    for active in ("default", ["default", "other"]):
+        patched.base_model.set_adapter(active)
+        close(logits(patched), exact[str(active)])
+    assert {g.dtype for name, g in step(patched)[1].items()} == {torch.bfloat16}
+    prepare_model_for_compiled_hotswap(patched, target_rank=8)
+    close(logits(patched), exact["['default', 'other']"])
+    close(logits(patched.eval(), adapter_names=["default"] * 4), exact["default"])
+
+
+@by_base
 def test_autocast(base):
     model = lora(llama(base))
     patched = twin(model)
@@ -87,6 +113,12 @@ def test_autocast(base):
     assert (fused[0] - exact).abs() < max(2 * (stock[0] - exact).abs().item(), 1e-2)
     assert fused[1].keys() == stock[1].keys()
     assert all(fused[1][name].dtype == g.dtype for name, g in stock[1].items())
+    x = torch.randn(2, 64)
+    for path in ("mlp.up_proj", "mlp.gate_proj"):
+        layers = [one.get_submodule(f"base_model.model.model.layers.0.{path}") for one in (model, patched)]
+        with torch.autocast("cpu", torch.bfloat16):
+            dtypes = [layer(x).dtype for layer in layers]
+        assert dtypes[0] == dtypes[1]
 
 
 @by_base

@@ -5,10 +5,21 @@ import re
 from importlib import metadata
 from pathlib import Path
 
-
 import pytest
 import torch
-from peft_models import BASES, added, assert_same_step, bnb, llama, logits, lora, peft, step, transformers, twin
+from peft_models import (
+    BASES,
+    added,
+    assert_same_step,
+    bnb,
+    llama,
+    logits,
+    lora,
+    peft,
+    step,
+    transformers,
+    twin,
+)
 from torch import nn
 
 import fastlora
@@ -24,7 +35,9 @@ def _one_thread(keep_threads):
 
 
 def reasons(model):
-    return {s.name.removeprefix("base_model.model."): s.reason for s in fastlora.patch(model, show=False).skipped}
+    return {
+        s.name.removeprefix("base_model.model."): s.reason for s in fastlora.patch(model, show=False).skipped
+    }
 
 
 # --- the report and the errors ----------------------------------------------------------------------------
@@ -89,9 +102,7 @@ def test_other_layers_of_peft_are_left():
     loha = peft.get_peft_model(llama("dense"), peft.LoHaConfig(target_modules=["q_proj"]))
     assert set(reasons(loha).values()) == {"a Linear of peft.tuners.loha.layer, which is not LoRA"}
     # Its 4-bit base is taken where the layer is not.
-    ia3 = peft.get_peft_model(
-        llama(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
-    )
+    ia3 = peft.get_peft_model(llama(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     patched = twin(ia3)
     assert_same_step(step(patched), step(ia3))
 
@@ -124,7 +135,9 @@ def test_errors(monkeypatch):
         fastlora.patch({})
     with pytest.raises(TypeError, match=r"^unpatch: expected a torch.nn.Module, got dict$"):
         fastlora.unpatch({})
-    with pytest.raises(ValueError, match=r"^patch: expected a model with LoRA layers of PEFT or 4-bit .* Linear"):
+    with pytest.raises(
+        ValueError, match=r"^patch: expected a model with LoRA layers of PEFT or 4-bit .* Linear"
+    ):
         fastlora.patch(nn.Linear(3, 3))
     model = lora(llama())
     version = metadata.version

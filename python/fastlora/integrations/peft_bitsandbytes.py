@@ -8,6 +8,7 @@ the tensors that it was read from, and read again when one of them is another: a
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import bitsandbytes as bnb
@@ -92,10 +93,11 @@ class FusedLinear4bit(FusedBase, bnb.nn.Linear4bit):
             or any(a is not b for a, b in zip(kept.tensors, tensors, strict=True))
             or kept.versions != _versions(tensors)
         ):
-            unpack(weight)
             kept = Kept()
-            if why_not(self) is None:
-                kept.packed = read(weight)
+            if _obstacle(self) is None:
+                unpack(weight)
+                with contextlib.suppress(TypeError, ValueError):
+                    kept.packed = read(weight)
             with torch._C.DisableTorchFunctionSubclass():
                 kept.address = weight.data_ptr()
             kept.state, kept.tensors = state, _scales(state)
@@ -135,8 +137,19 @@ def is_repacked(layer: Any) -> bool:
 
 def why_not(layer: Any) -> str | None:
     """Why our kernels cannot read a layer's weight where it lies; None if they can. Changes nothing."""
-    weight = layer.weight
-    state = getattr(weight, "quant_state", None)
+    obstacle = _obstacle(layer)
+    if obstacle is not None or is_repacked(layer):
+        return obstacle
+    try:
+        read(layer.weight)
+    except (TypeError, ValueError) as error:
+        return str(error).partition(" got: ")[2] or str(error)
+    return None
+
+
+def _obstacle(layer: Any) -> str | None:
+    """What of it can be seen without looking into the tensors."""
+    state = getattr(layer.weight, "quant_state", None)
     if state is None:
         return "its weight is not quantised yet"
     if state.quant_type != "nf4":
@@ -145,14 +158,8 @@ def why_not(layer: Any) -> str | None:
         return f"its weight is {tuple(state.shape)}, not {(layer.out_features, layer.in_features)}"
     if layer.in_features % 2:
         return "its rows are not whole bytes (in_features is odd)"
-    if not computes_on(weight.device):
-        return f"its weight is on {weight.device}, for which this build has no kernels"
-    if getattr(state, "packing_format_for_cpu", False):
-        return None
-    try:
-        read(weight)
-    except (TypeError, ValueError) as error:
-        return str(error).partition(" got: ")[2] or str(error)
+    if not computes_on(layer.weight.device):
+        return f"its weight is on {layer.weight.device}, for which this build has no kernels"
     return None
 
 
@@ -204,7 +211,7 @@ def _traced(weight: Tensor, state: Any, n: int, k: int) -> Packed | None:
         return None
     codes = weight.detach().view(torch.uint8).view(n, k // 2)
     if not state.nested:
-        return codes, state.absmax.float().view(torch.uint8), None, state.blocksize
+        return codes, state.absmax.float().reshape(-1).view(torch.uint8), None, state.blocksize
     if state.state2.blocksize != checks.NESTED_BLOCKSIZE:
         return None
     nested = torch.cat((state.offset.reshape(1).float(), state.state2.absmax.float()))

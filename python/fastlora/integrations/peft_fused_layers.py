@@ -19,7 +19,7 @@ from .. import checks
 from ..autograd import linear_from_parts
 from ..multi_autograd import NO_DROPOUT, add_low_rank, multi_linear
 from .mixed_batch import BASE, Member, low_rank, routing
-from .operands import Operands, computes_on, operands, watched
+from .operands import FusedBase, Operands, computes_on, operands, watched
 
 if TYPE_CHECKING:
     _Base = peft_lora.Linear
@@ -63,8 +63,7 @@ class Fused(_Base):
         parts = operands(base, x)
         if parts is None:
             return None
-        y = _one_product(parts, terms)
-        return y.to(x.dtype)
+        return _returned(base, _one_product(parts, terms), x)
 
     def _mixed(self, x: Tensor, names: Sequence[str]) -> Tensor | None:
         """Each of x's prompts, or rows, with the adapter of its name; None: PEFT is to compute."""
@@ -79,7 +78,7 @@ class Fused(_Base):
         if (watched(base) or not computes_on(x.device)) if dense else parts is None:
             return None
         if not used:
-            return base(x) if parts is None else linear_from_parts(*parts, None, None, 0.0).to(x.dtype)
+            return base(x)
         members = [Member(t.a, t.b, t.scaling) for t in terms if t is not None]
         slot = {name: i for i, name in enumerate(used)}
         route = routing([slot.get(name, -1) for name in names], len(used), x)
@@ -87,7 +86,8 @@ class Fused(_Base):
             y = base(x.reshape(-1, x.shape[-1]))
             seen = x.reshape(-1, x.shape[-1]).to(y.dtype)
             return add_low_rank(seen, low_rank(members), route, y).view(*x.shape[:-1], -1)
-        return multi_linear(*parts, low_rank(members), route, NO_DROPOUT, batch_invariant=False).to(x.dtype)
+        y = multi_linear(*parts, low_rank(members), route, NO_DROPOUT, batch_invariant=False)
+        return _returned(base, y, x)
 
     def _term(self, name: str, x: Tensor) -> Term | None:
         """An adapter's tensors, or None where reading them would go around something: a variant, a hook, a
@@ -106,6 +106,8 @@ class Fused(_Base):
         for t in (a, b):
             if type(t) not in _WHOLE or t.dtype not in checks.DTYPE_CODE or t.device != x.device:
                 return None
+        if a.dtype != b.dtype:
+            return None
         p = 0.0
         if type(dropout) is nn.Dropout:
             p = dropout.p if dropout.training else 0.0
@@ -125,6 +127,11 @@ FusedLinear.__name__ = peft_lora.Linear.__name__
 _WHOLE = (nn.Parameter, Tensor)  # not a DTensor
 
 
+def _returned(base: nn.Module, y: Tensor, x: Tensor) -> Tensor:
+    """y in the dtype in which the base returns it: bitsandbytes' layer in x's, under autocast too."""
+    return y.to(x.dtype) if isinstance(base, FusedBase) else y
+
+
 def _one_product(parts: Operands, terms: Sequence[Term]) -> Tensor:
     """y = x·Wᵀ + Σ s·u·Bᵀ + bias: several adapters are one of the sum of their ranks."""
     x, weight, bias = parts
@@ -137,9 +144,9 @@ def _one_product(parts: Operands, terms: Sequence[Term]) -> Tensor:
     if len(terms) == 1:
         a, b, scaling, _, dropout = terms[0]
         if isinstance(scaling, Tensor):
-            b, scaling = b.float() * scaling, 1.0
+            a, b, scaling = a.float(), b.float() * scaling, 1.0
         return linear_from_parts(x, weight, bias, a, b, scaling, dropout)
-    a = torch.cat([term.a for term in terms])
+    a = torch.cat([term.a.float() for term in terms])
     b = torch.cat([term.b.float() * term.scaling for term in terms], 1)
     return linear_from_parts(x, weight, bias, a, b, 1.0)
 
