@@ -44,15 +44,19 @@ def operands(base: nn.Module, x: Tensor) -> Operands | None:
     return x, (codes, scales, p["weight_nested"], base.blocksize), bias
 
 
-def watched(module: nn.Module) -> bool:
-    """Whether somebody wants to see or change what goes through a module, so that it has to be called."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or ("forward" in module.__dict__ and not _only_moves_inputs(module))
-    )
+def watched(*modules: nn.Module) -> bool:
+    """Whether somebody wants to see or change what goes through one of these, so that it has to be called."""
+    for module in modules:
+        held = module.__dict__
+        if (
+            held["_forward_hooks"]
+            or held["_forward_pre_hooks"]
+            or held["_backward_hooks"]
+            or held["_backward_pre_hooks"]
+            or ("forward" in held and not _only_moves_inputs(module))
+        ):
+            return True
+    return False
 
 
 def _only_moves_inputs(module: nn.Module) -> bool:

@@ -31,8 +31,26 @@ class Kept:
     packed: Packed | None = None
     address = 0
     state: Any = None
-    tensors: tuple[Tensor | None, ...] = ()
-    versions: tuple[int, ...] = ()
+    absmax: Tensor | None = None
+    offset: Tensor | None = None
+    second: Tensor | None = None
+    written = 0
+
+    def read_from(self, state: Any, address: int) -> bool:
+        """Whether it still is what these hold. Codes and first scales are views; the second level is a copy,
+        of which writes in place count."""
+        if self.state is not state or self.address != address or self.absmax is not state.absmax:
+            return False
+        if not state.nested:
+            return True
+        second, offset = state.state2.absmax, state.offset
+        return self.second is second and self.offset is offset and self.written == _written(second, offset)
+
+    def remember(self, state: Any, address: int) -> None:
+        self.state, self.address, self.absmax = state, address, state.absmax
+        if state.nested:
+            self.second, self.offset = state.state2.absmax, state.offset
+            self.written = _written(state.state2.absmax, state.offset)
 
     def __deepcopy__(self, memo: dict[int, object]) -> Kept:
         return Kept()
@@ -83,25 +101,14 @@ class FusedLinear4bit(FusedBase, bnb.nn.Linear4bit):
             weight, state = self.weight, self.quant_state
         if torch.compiler.is_compiling():
             return _traced(weight, state, self.out_features, self.in_features)
-        with torch._C.DisableTorchFunctionSubclass():  # a subclass's methods take several times as long
-            address = weight.data_ptr()
-        tensors = _scales(state)
         kept = self._kept
-        if (
-            kept.state is not state
-            or kept.address != address
-            or any(a is not b for a, b in zip(kept.tensors, tensors, strict=True))
-            or kept.versions != _versions(tensors)
-        ):
+        if not kept.read_from(state, _address(weight)):
             kept = Kept()
             if _obstacle(self) is None:
                 unpack(weight)
                 with contextlib.suppress(TypeError, ValueError):
                     kept.packed = read(weight)
-            with torch._C.DisableTorchFunctionSubclass():
-                kept.address = weight.data_ptr()
-            kept.state, kept.tensors = state, _scales(state)
-            kept.versions = _versions(kept.tensors)
+            kept.remember(state, _address(weight))
             self._kept = kept
         return kept.packed
 
@@ -194,13 +201,15 @@ def unpack(weight: Any) -> bool:
     return True
 
 
-def _scales(state: Any) -> tuple[Tensor | None, ...]:
-    return (state.absmax, state.offset, state.state2.absmax) if state.nested else (state.absmax, None, None)
+def _address(weight: Tensor) -> int:
+    with torch._C.DisableTorchFunctionSubclass():  # a subclass's methods take several times as long
+        return weight.data_ptr()
 
 
-def _versions(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
-    """How often each was written in place."""
-    return tuple(0 if t is None or t.is_inference() else t._version for t in tensors)
+def _written(second: Any, offset: Any) -> int:
+    """How often they were written in place."""
+    count = 0 if second.is_inference() else second._version
+    return count if offset.is_inference() else count + offset._version
 
 
 def _traced(weight: Tensor, state: Any, n: int, k: int) -> Packed | None:

@@ -98,22 +98,20 @@ class Fused(_Base):
         )
         if name in self.lora_variant or type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
             return None
-        if watched(lora_a) or watched(lora_b) or watched(dropout):
+        if watched(lora_a, lora_b, dropout):
             return None
-        a: Any
-        b: Any
-        a, b, bias = lora_a._parameters["weight"], lora_b._parameters["weight"], lora_b._parameters["bias"]
-        for t in (a, b):
-            if type(t) not in _WHOLE or t.dtype not in checks.DTYPE_CODE or t.device != x.device:
-                return None
-        if a.dtype != b.dtype:
+        a: Any = lora_a._parameters["weight"]
+        b: Any = lora_b._parameters["weight"]
+        if type(a) not in _WHOLE or type(b) not in _WHOLE or a.dtype != b.dtype:
+            return None
+        if a.dtype not in checks.DTYPE_CODE or a.device != x.device or b.device != x.device:
             return None
         p = 0.0
         if type(dropout) is nn.Dropout:
             p = dropout.p if dropout.training else 0.0
         elif type(dropout) is not nn.Identity:
             return None
-        return None if p >= 1.0 else Term(a, b, self.scaling[name], bias, p)
+        return None if p >= 1.0 else Term(a, b, self.scaling[name], lora_b._parameters["bias"], p)
 
 
 class FusedLinear(Fused, peft_lora.Linear):
