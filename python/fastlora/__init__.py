@@ -13,6 +13,7 @@ from .experts import QExperts
 from .huge_pages import use_huge_pages
 from .integrations import peft_hook, transformers_hook
 from .integrations.peft_loftq import initialize_loftq
+from .integrations.peft_patch import patch, unpatch
 from .isa import available_isas, current_isa, use_isa
 from .linear import QLinear
 from .model_adapters import adapters
@@ -39,10 +40,12 @@ __all__ = [
     "load_adapter",
     "nf4_linear",
     "nf4_multi_lora_linear",
+    "patch",
     "quantize_nf4",
     "route",
     "save_adapter",
     "segmented_lora",
+    "unpatch",
     "use_huge_pages",
     "use_isa",
 ]

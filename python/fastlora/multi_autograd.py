@@ -62,8 +62,12 @@ def segmented_lora(
     for dtypes, RuntimeError for devices.
     """
     _check_table("segmented_lora", x, table.in_features)
-    low, routing = table.low_rank(learns=torch.is_grad_enabled()), _routing(slots, table)
-    if torch.is_grad_enabled() and _wants(x, y, *low.parameters):
+    return add_low_rank(x, table.low_rank(learns=torch.is_grad_enabled()), _routing(slots, table), y)
+
+
+def add_low_rank(x: Tensor, low: LowRank, routing: Routing, y: Tensor) -> Tensor:
+    """:func:`segmented_lora` over the parts of a table; gradients as in :func:`multi_linear`."""
+    if torch.is_grad_enabled() and _wants(x, y, *low.parameters, *low.a, *low.b):
         rest = _flat(low, routing, NO_DROPOUT, False)
         # A Function that writes to an argument is nothing for a compiled graph, nor for a view, whose base's
         # gradient autograd would take for its first argument's; and a leaf is to be refused unwritten.

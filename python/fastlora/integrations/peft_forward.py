@@ -9,20 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter_pairs import LowRank
 from ..autograd import linear_from_parts
 from ..checks import Packed
 from ..linear import QLinear
 from ..multi_autograd import NO_DROPOUT, multi_linear
-from ..routing import Routing, route
+from .mixed_batch import Member, low_rank, routing
 
 if TYPE_CHECKING:
     _Layer = Any  # peft's LoraLayer
 else:
     _Layer = object
-
-_ROUTINGS: dict[tuple[Any, ...], Routing] = {}
-_MOST_ROUTINGS = 64
 
 
 class FusedForward(_Layer):
@@ -170,42 +166,18 @@ class FusedForward(_Layer):
         bias = bias if bias is None else bias.to(x.dtype)
         if not here:
             return linear_from_parts(x, weight, bias, None, None, 0.0)
-        a = torch.cat([self.lora_A[name].weight for name in here])
-        b = torch.cat([self.lora_B[name].weight.t() for name in here])
-        entries, first = [], 0
-        for name in here:
-            rank = self.lora_A[name].weight.shape[0]
-            entries.append([first, rank])
-            first += rank
-        scaling = torch.tensor([[float(self.scaling[name]) for name in here]], device=x.device)
-        low = LowRank(
-            [a], [b], torch.tensor([entries], dtype=torch.int32, device=x.device), scaling,
-            [max(rank for _, rank in entries)], [], (),
-        )  # fmt: skip
+        low = low_rank(
+            [Member(self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]) for name in here]
+        )
         slots = [here.index(name) if name in here else -1 for name in names]
-        routing = _routing(slots, x.shape[1:-1].numel(), len(here), x.device)
-        y = multi_linear(x, weight, bias, low, routing, NO_DROPOUT, batch_invariant=False)
+        route = routing(slots, len(here), x)
+        y = multi_linear(x, weight, bias, low, route, NO_DROPOUT, batch_invariant=False)
         for i, name in enumerate(here):
             low_bias = self.lora_B[name].bias
             if low_bias is not None:
                 rows = [row for row, slot in enumerate(slots) if slot == i]
                 y[rows] += (low_bias * self.scaling[name]).to(y.dtype)
         return y
-
-
-def _routing(slots: list[int], tokens: int, capacity: int, device: torch.device) -> Routing:
-    """Kept, since all layers ask for the same one or two, token after token."""
-    key = (tuple(slots), tokens, device)
-    made = None if torch.compiler.is_compiling() else _ROUTINGS.get(key)
-    if made is None:
-        with torch.inference_mode(False):
-            each = torch.tensor(slots, dtype=torch.int32, device=device)
-            made = route(each[:, None].expand(len(slots), tokens), capacity)
-        if not torch.compiler.is_compiling():
-            if len(_ROUTINGS) >= _MOST_ROUTINGS:
-                _ROUTINGS.pop(next(iter(_ROUTINGS)), None)
-            _ROUTINGS[key] = made
-    return made
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
