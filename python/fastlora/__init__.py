@@ -7,6 +7,7 @@ from .adapter_table import AdapterTable
 from .autograd import nf4_linear
 from .conversion_report import ConversionReport
 from .convert import convert
+from .integrations.bitsandbytes_patch import patch_bitsandbytes, unpatch_bitsandbytes
 from .isa import available_isas, current_isa, use_isa
 from .linear import QLinear
 from .model_adapters import adapters
@@ -28,9 +29,11 @@ __all__ = [
     "load_adapter",
     "nf4_linear",
     "nf4_multi_lora_linear",
+    "patch_bitsandbytes",
     "quantize_nf4",
     "route",
     "save_adapter",
     "segmented_lora",
+    "unpatch_bitsandbytes",
     "use_isa",
 ]
