@@ -142,12 +142,14 @@ def _takes(x: Tensor, state: Any) -> bool:
 
 def _forward(self: Any, x: Tensor) -> Tensor:
     """Linear4bit's, which changes neither the weight nor the bias."""
-    from bitsandbytes import matmul_4bit
-    from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
-
-    fix_4bit_weight_quant_state_from_module(self)
     weight = self.weight
-    state = weight.quant_state
+    state = getattr(weight, "quant_state", None)
+    if state is None:  # FSDP puts in a plain tensor
+        from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
+
+        fix_4bit_weight_quant_state_from_module(self)
+        weight = self.weight
+        state = weight.quant_state
     if not _takes(x, state) or x.shape[-1] != state.shape[1]:
         return _theirs["forward"](self, x)
     if not self.compute_type_is_set:
@@ -164,6 +166,8 @@ def _forward(self: Any, x: Tensor) -> Tensor:
         bias = bias.to(dtype)
     learns = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     if learns or torch.compiler.is_compiling() or type(seen) is not Tensor or state.shape[1] % 2:
+        from bitsandbytes import matmul_4bit
+
         return matmul_4bit(seen, weight, bias=bias, quant_state=state).to(x.dtype)
     packed = weights.packed(weights.of_state(weight, state))
     y = direct.linear(seen, packed, bias, None, None, 1.0)

@@ -64,15 +64,16 @@ def dequantize(stored: Stored, dtype: torch.dtype) -> Tensor:
 
 
 def as_bytes(data: Tensor, count: int) -> Tensor:
-    """The bytes of `count` codes. `data` may be a float-typed view of them (quant_storage)."""
-    data = data.detach().contiguous().view(-1)
+    """The bytes of `count` codes, in any shape. `data` may be a float-typed view of them (quant_storage)."""
+    data = data.detach()
     if data.dtype is not torch.uint8:
-        data = data.view(torch.uint8)
-    if 2 * data.numel() < count:
-        raise ValueError(
-            f"bitsandbytes: expected {(count + 1) // 2} bytes for {count} weights, got {data.numel()}"
-        )
-    return data[: (count + 1) // 2]
+        data = data.contiguous().view(-1).view(torch.uint8)
+    wanted = (count + 1) // 2
+    if data.numel() == wanted and data.is_contiguous():
+        return data
+    if data.numel() < wanted:
+        raise ValueError(f"bitsandbytes: expected {wanted} bytes for {count} weights, got {data.numel()}")
+    return data.reshape(-1)[:wanted]
 
 
 # --- scales -----------------------------------------------------------------------------------------------
@@ -99,7 +100,7 @@ def _stamp(t: Tensor) -> tuple[int, int]:
 def _scales(stored: Stored) -> tuple[Tensor, Tensor | None]:
     absmax, codes, values, offset = stored.absmax, stored.codes, stored.map, stored.offset
     if codes is None:
-        return absmax.detach().float().contiguous().view(-1).view(torch.uint8), None
+        return absmax.detach().float().reshape(-1).view(torch.uint8), None
     assert values is not None
     assert offset is not None
     tensors = (codes, values, offset)
