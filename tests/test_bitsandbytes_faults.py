@@ -135,6 +135,21 @@ def test_evaluation_of_an_x_with_strides_is_wrong(make):
     assert error() < ROUNDING
 
 
+@needs_repacking
+def test_evaluation_in_float32_is_bfloat16s():
+    torch.manual_seed(0)
+
+    def error():
+        made, x = bnb.nn.Linear4bit(128, 64, False, quant_type="nf4").to("cpu").eval(), torch.randn(3, 128)
+        want = x.double() @ dense(made).T
+        with torch.no_grad():
+            return relative_error(made(x), want)
+
+    assert error() > 1e-3
+    fastlora.patch_bitsandbytes()
+    assert error() < 1e-6
+
+
 _EMPTY = """
 import bitsandbytes as bnb, torch
 layer = bnb.nn.Linear4bit(128, 64, False, torch.bfloat16, quant_type="nf4").to("cpu").eval()

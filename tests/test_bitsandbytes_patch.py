@@ -282,6 +282,19 @@ def test_peft_layers_over_it():
     assert relative_error(dense(lora.base_layer), before) < 0.1
 
 
+def test_embeddings_read_the_same_values():
+    def run():
+        made = bnb.nn.EmbeddingNF4(16, 128)
+        made.weight = bnb.nn.Params4bit(
+            randn(16, 128), quant_type="nf4", compress_statistics=False, module=made
+        )
+        return made.to("cpu")(torch.tensor([[3, 0, 15]]))
+
+    want = run()
+    fastlora.patch_bitsandbytes()
+    assert torch.equal(run(), want)
+
+
 def test_fp4_is_bitsandbytes_own():
     x = randn(4, 128, dtype=torch.bfloat16)
 
