@@ -7,6 +7,8 @@ whole process, and peaks are only comparable where nothing else ran before.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import multiprocessing
 import time
 import warnings
@@ -86,7 +88,8 @@ class Work:
         elif name == PATCHED:
             import fastlora
 
-            fastlora.patch(self.model)
+            with contextlib.redirect_stdout(io.StringIO()):  # its report
+                fastlora.patch(self.model)
         learning = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(learning, lr=1e-4)
         drawn = torch.Generator().manual_seed(1)
@@ -235,22 +238,16 @@ class Contender:
         theirs.close()
         self.close = weakref.finalize(self, _stop, self._pipe, process)
 
-    def begin(self, command: str) -> None:
-        self._pipe.send(command)
-
-    def result(self) -> tuple[float, Any]:
-        """(seconds, what came out) of what was begun. RuntimeError with what went wrong there."""
+    def run(self, command: str) -> tuple[float, Any]:
+        """(seconds, what came out) of one of Work's methods. RuntimeError with what went wrong there."""
         try:
+            self._pipe.send(command)
             seconds, result, why = self._pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise RuntimeError("its process ended") from None
         if why:
             raise RuntimeError(why)
         return seconds, result
-
-    def run(self, command: str) -> tuple[float, Any]:
-        self.begin(command)
-        return self.result()
 
     def weight_bytes(self) -> int:
         return self.checked["weight_bytes"]

@@ -71,6 +71,27 @@ def test_a_contender_with_another_loss_is_not_measured(name, loss):
     assert where == {f"{name}, a model": f"expected a loss of 5.0000, got {loss:.4f}"}
 
 
+def test_a_contender_that_fails_is_left_out():
+    class Fake:
+        def __init__(self, name, answers):
+            self.name, self.answers, self.calls = name, answers, 0
+
+        def run(self, command):
+            self.calls += 1
+            if not self.answers:
+                raise RuntimeError("out of tokens")
+            return 0.5, None
+
+    context, trainers = a_context(), module("suites.trainers")
+    fakes = [Fake("PEFT on bitsandbytes", True), Fake("PEFT on bitsandbytes, eval mode", False)]
+    able, first = trainers._able(context, fakes, "answer")
+    assert (able, first) == (fakes[:1], [(0.5, None)])
+    assert context.absent == {"PEFT on bitsandbytes, eval mode, a model": "out of tokens"}
+    effort = module("_timing").Effort(2.0, 1, 9)
+    assert trainers._in_turns(able, "answer", effort, first) == [[0.5] * 4]
+    assert fakes[0].calls == 5
+
+
 def test_a_process_says_what_went_wrong():
     parts = module("_trainers")
     sizes = parts.Sizes(64, 64, 1, 64, 8, rank=0, dtype=torch.float32)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import peers
 from _problem import Errors, Problem
@@ -80,14 +81,14 @@ def run(case: Case, context: Context, problem: Problem, *, quick: bool, tokens: 
         )
         return []
     contenders = problem.once("models", lambda: _begun(context, sizes))
-    asked = [one for one in contenders if one.name in case.peers]
     command = WORKS[case.op][1]
+    asked, first = _able(context, [one for one in contenders if one.name in case.peers], command)
     if case.op in (STEP_PEAK, TOKEN_PEAK):
-        found = [(one, one.run(command)[1]) for one in asked]
-        return [_memory_row(case, context, one, size) for one, size in found if size is not None]
+        sizes_of = zip(asked, first, strict=True)
+        return [_memory_row(case, context, one, size) for one, (_, size) in sizes_of if size is not None]
     effort = context.effort if quick else EFFORT
     rows = []
-    for one, times in zip(asked, _in_turns(asked, command, effort), strict=True):
+    for one, times in zip(asked, _in_turns(asked, command, effort, first), strict=True):
         passes, error = (1, one.errors["logits"]) if case.op == TOKEN else (2, one.errors["gradients"])
         row = context.row(
             case,
@@ -144,17 +145,36 @@ def _agrees(context: Context, one: Contender, exact: dict[str, dict]) -> bool:
         if not abs(loss / want["loss"] - 1) < LOSSES_AGREE:
             raise RuntimeError(f"expected a loss of {want['loss']:.4f}, got {loss:.4f}")
     except RuntimeError as error:
-        where = context.failed if one.name.startswith(OURS) else context.absent
-        where[f"{one.name}, a model"] = peers.reason(error)
+        _leave_out(context, one, error)
         return False
     one.errors = {name: distance(one.checked[name], want[name]) for name in ("gradients", "logits")}
     return True
 
 
-def _in_turns(contenders: list[Contender], command: str, effort: Effort) -> list[list[float]]:
-    """The seconds of every one's calls, A B C A B C ..., by its own clock, a first one left out."""
-    first = [one.run(command)[0] for one in contenders]
-    rounds = [effort.rounds(seconds) for seconds in first]
+def _able(
+    context: Context, contenders: list[Contender], command: str
+) -> tuple[list[Contender], list[tuple[float, Any]]]:
+    """Those that could, and the seconds and results of their first calls."""
+    able, first = [], []
+    for one in contenders:
+        try:
+            first.append(one.run(command))
+            able.append(one)
+        except RuntimeError as error:
+            _leave_out(context, one, error)
+    return able, first
+
+
+def _leave_out(context: Context, one: Contender, error: Exception) -> None:
+    where = context.failed if one.name.startswith(OURS) else context.absent
+    where[f"{one.name}, a model"] = peers.reason(error)
+
+
+def _in_turns(
+    contenders: list[Contender], command: str, effort: Effort, first: list[tuple[float, Any]]
+) -> list[list[float]]:
+    """The seconds of every one's calls, A B C A B C ..., by its own clock, the first ones left out."""
+    rounds = [effort.rounds(seconds) for seconds, _ in first]
     times: list[list[float]] = [[] for _ in contenders]
     total = max(rounds, default=0)
     for turn in range(total):
