@@ -16,7 +16,19 @@ import _options
 from _problem import Problem
 from _results import Row
 from peers import reason
-from suites import Case, Context, Plan, backward, linear, memory, overhead, quantize, segmented, train
+from suites import (
+    Case,
+    Context,
+    Plan,
+    backward,
+    linear,
+    memory,
+    overhead,
+    quantize,
+    segmented,
+    train,
+    trainers,
+)
 from tqdm import tqdm
 
 SUITES = {
@@ -26,6 +38,7 @@ SUITES = {
     "backward": backward,
     "train": train,
     "segmented": segmented,
+    "trainers": trainers,
     "memory": memory,
 }
 

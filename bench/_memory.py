@@ -13,20 +13,30 @@ import torch
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak_growth(call: Callable[[], object]) -> int | None:
-    """How many bytes of memory `call` takes beside what was there, its result included; None where the system
-    cannot tell. It runs once before, so that what it keeps (kernels' scratch, libraries' caches) is there."""
+def peak_growth(call: Callable[[], object], before: int | None = None) -> int | None:
+    """How many bytes of memory `call` takes beside what was there (or beside `before`), its result included;
+    None where the system cannot tell. It runs once before, so that what it keeps (kernels' scratch, caches of
+    libraries) is there."""
     call()
+    there = settled_bytes()
+    try:
+        _CLEAR.write_text("5")  # the peak starts again
+    except OSError:
+        return None
+    if there is None:
+        return None
+    call()
+    return max(_status("VmHWM") - (there if before is None else before), 0)
+
+
+def settled_bytes() -> int | None:
+    """What this process holds once it gave back what it has freed, which would hide the next call's need."""
     gc.collect()
     try:
-        # Freed memory back to the system, as it would hide the next call's need; the peak starts again.
         ctypes.CDLL(None).malloc_trim(0)
-        _CLEAR.write_text("5")
+        return _status("VmRSS")
     except (OSError, AttributeError):
         return None
-    before = _status("VmRSS")
-    call()
-    return max(_status("VmHWM") - before, 0)
 
 
 def _status(name: str) -> int:

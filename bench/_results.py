@@ -24,7 +24,7 @@ class Row:
     the first: what arithmetic_error must not exceed. route is the kernel that served it, where there is a
     choice of them. Fields that a row has no use for are None.
 
-    A row of the suite "memory" holds mib, MiB of what op says, instead of times.
+    A row of the suite "memory", or of a peak, holds mib, MiB of what op says, instead of times.
     """
 
     suite: str

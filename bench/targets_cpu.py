@@ -4,12 +4,14 @@ adapter of rank 16, bfloat16, as ratios within one run; elsewhere they are yards
 from __future__ import annotations
 
 from _results import DENSE
-from _target import EXTRA, FLOOR, MIB, MICROSECONDS, ROOF, SPEED, WORST_ERROR, Target
+from _target import EXTRA, FLOOR, MEMORY, MIB, MICROSECONDS, ROOF, SPEED, WORST_ERROR, Target
 
 EVAL, TRAINING = "bitsandbytes, eval mode", "bitsandbytes, training mode"
 NO_ADAPTER, PLAIN = "fastlora, no adapter", "fastlora, plain absmax"
 PEFT_BNB, PEFT_DENSE = "PEFT on bitsandbytes", "dense + LoRA (PEFT)"
 ONE, EQUAL, LOOP = "fastlora, one adapter", "fastlora, equal ranks", "torch, a loop"
+PEFT_BNB_EVAL = "PEFT on bitsandbytes, eval mode"
+PATCHES = ("fastlora.patch(model)", "fastlora.patch_bitsandbytes()")
 
 
 def _forward(m: int, least: float, reach: float, peer: str = DENSE, dtype: str = "bfloat16") -> Target:
@@ -21,6 +23,23 @@ def _forward(m: int, least: float, reach: float, peer: str = DENSE, dtype: str =
 
 def _dx(m: int, least: float, reach: float) -> Target:
     return Target(f"dx, m={m}, over dense dy·W", "backward", "dx", SPEED, least, reach, DENSE, (m,))
+
+
+def _model(patch: str) -> tuple[Target, ...]:
+    """Of a model under PEFT on bitsandbytes, patched, over the same unpatched."""
+
+    def target(op: str, unit: str, least: float, peer: str, m: int, mode: str = "") -> Target:
+        return Target(
+            f"{op}, {patch}, over unpatched{mode}", "trainers", op, unit, least, None, peer, (m,), ours=patch
+        )
+
+    return (
+        target("training step of a model", SPEED, 2.0, PEFT_BNB, 512),
+        target("token of an answer", SPEED, 5.0, PEFT_BNB, 1, " in training mode"),
+        target("token of an answer", SPEED, 1.3, PEFT_BNB_EVAL, 1, " in eval mode"),
+        target("peak of a model's training step", MEMORY, 1.0, PEFT_BNB, 512),
+        target("peak of a model's answer", MEMORY, 1.0, PEFT_BNB_EVAL, 1, " in eval mode"),
+    )
 
 
 _DENSE_FROM_16 = (
@@ -99,6 +118,7 @@ TARGETS = (
         "forward at the AVX2 level, m=1, over dense capped to AVX2",
         "linear", "forward", SPEED, 2.0, 3.0, DENSE, (1,), level="avx2",
     ),
+    *(target for patch in PATCHES for target in _model(patch)),
     Target("call of a 64 x 64 layer, inference", "overhead", "call", MICROSECONDS, 8, 5, ours="QLinear"),
     Target("scratch memory a thread, any shape", "memory", "scratch a thread", MIB, 4),
     Target("error of forward, over dequantise + dense", "linear", "forward", WORST_ERROR, 1.0),

@@ -51,13 +51,13 @@ def test_every_suite_has_rows_with_errors_and_rates(results):
     read = module("_results").read_json(results / "rows.json")
     assert {row.suite for row in read.rows} == set(module("_options").SUITES)
     for row in read.rows:
-        if row.suite == "memory":
+        if row.suite == "memory" or row.op.startswith("peak"):
             assert row.mib is not None
             assert row.mib >= 0
             continue
         assert row.p20_us <= row.p50_us <= row.p80_us
         if row.op != "quantize":
-            assert row.arithmetic_error < 0.02, row
+            assert row.arithmetic_error < (0.05 if row.suite == "trainers" else 0.02), row
         if row.suite in ("linear", "backward", "train"):
             assert row.total_error < (0.2 if "dense" not in row.peer else 0.02), row
             assert row.tflops > 0

@@ -15,7 +15,7 @@ from _results import OURS, Row
 from _timing import AnyClock, Effort, Times, interleaved
 from peers import Peer
 
-NAMES = ("quantize", "linear", "backward", "train", "segmented", "memory", "overhead")
+NAMES = ("quantize", "linear", "backward", "train", "segmented", "trainers", "memory", "overhead")
 
 
 @dataclass(frozen=True)

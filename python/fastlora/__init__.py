@@ -12,6 +12,7 @@ from .convert import convert
 from .experts import QExperts
 from .huge_pages import use_huge_pages
 from .integrations import peft_hook, transformers_hook
+from .integrations.bitsandbytes_patch import patch_bitsandbytes, unpatch_bitsandbytes
 from .integrations.peft_loftq import initialize_loftq
 from .integrations.peft_patch import patch, unpatch
 from .isa import available_isas, current_isa, use_isa
@@ -41,11 +42,13 @@ __all__ = [
     "nf4_linear",
     "nf4_multi_lora_linear",
     "patch",
+    "patch_bitsandbytes",
     "quantize_nf4",
     "route",
     "save_adapter",
     "segmented_lora",
     "unpatch",
+    "unpatch_bitsandbytes",
     "use_huge_pages",
     "use_isa",
 ]

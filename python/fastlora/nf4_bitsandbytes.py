@@ -140,14 +140,23 @@ def read(
 
     if scale2 is None or map2 is None:
         return packed, codes.float().contiguous().view(torch.uint8), None, *common
-    second = torch.cat((scale2.new_tensor([offset], dtype=torch.float32), scale2.float()))
+    offset = scale2.new_tensor([offset], dtype=torch.float32)
+    return packed, *second_level(codes, scale2, map2, offset, nested_blocksize), *common
+
+
+def second_level(
+    codes: Tensor, scale2: Tensor, map2: Tensor, offset: Tensor, nested_blocksize: int
+) -> tuple[Tensor, Tensor | None]:
+    """(scales, nested) of an NF4Weight from 8-bit codes, a scale for each `nested_blocksize` of them, the map
+    they index and an offset."""
+    second = torch.cat((offset.reshape(1).float(), scale2.float()))
     same_blocks = nested_blocksize == checks.NESTED_BLOCKSIZE and map2.dtype == torch.float32
     if same_blocks and _same_map(map2, ops.nf4_dynamic_map()):
-        return packed, codes.contiguous(), second.view(torch.uint8), *common
+        return codes.contiguous(), second.view(torch.uint8)
     # Another second level than ours: decode it, in the two float32 roundings that bitsandbytes makes.
     scale_of_block = second[1:].repeat_interleave(nested_blocksize)[: codes.numel()]
     absmax = map2.float()[codes.int()] * scale_of_block + second[0]
-    return packed, absmax.view(torch.uint8), None, *common
+    return absmax.view(torch.uint8), None
 
 
 def _as_float32(stored: Tensor) -> Tensor:
