@@ -5,7 +5,6 @@ import copy
 import gc
 import re
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 import torch
@@ -626,11 +625,3 @@ def test_a_patch_that_fails_leaves_nothing(monkeypatch):
     assert bitsandbytes_patch._patch is None
     assert bnb.nn.Linear4bit.forward.__module__ == "bitsandbytes.nn.modules"
     assert torch.equal(made(x), want)
-
-
-def test_the_page_runs():
-    page = (Path(__file__).parent.parent / "docs" / "bitsandbytes.md").read_text()
-    examples = re.findall(r"```python run\n(.*?)```", page, re.DOTALL)
-    assert examples
-    for example in examples:
-        exec(compile(example, "docs/bitsandbytes.md", "exec"), {})

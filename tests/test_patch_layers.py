@@ -1,9 +1,7 @@
 """fastlora.patch: which layers it takes, what it says of the others, and what becomes of their weights."""
 
 import copy
-import re
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 import torch
@@ -304,11 +302,3 @@ def test_a_layer_that_peft_takes_for_dense():
     model = lora(model)
     assert type(model.get_submodule(UP)) is peft.tuners.lora.layer.Linear
     assert_same_step(step(twin(model)), step(model))
-
-
-def test_the_example_of_the_page():
-    page = (Path(__file__).parents[1] / "docs" / "peft.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    held = {}
-    exec(example, held)
-    assert held["report"].patched

@@ -170,13 +170,6 @@ def test_a_model_without_a_layer_to_take_warns(dense: dict[str, str]) -> None:
         load(dense["gpt2"], quantization_config=FastLoraConfig(skip_modules=["lm_head", "wte", "wpe"]))
 
 
-def test_the_pages_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).resolve().parent.parent / "docs" / "transformers.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"^```python run\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    exec(compile(example, "transformers.md", "exec"), {})
-
-
 # --- saved and loaded again -------------------------------------------------------------------------------
 
 

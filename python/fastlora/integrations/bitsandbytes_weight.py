@@ -143,27 +143,32 @@ _unpacked: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
 
 
 def is_repacked(state: Any) -> bool:
-    return getattr(state, "packing_format_for_cpu", False)
+    return bool(getattr(state, "packing_format_for_cpu", False))
 
 
-def unpack(layer: nn.Module) -> None:
+def lay_out(weight: Any) -> None:
     """Lay a weight that bitsandbytes' evaluation has repacked out as it was, in place, no value changed.
 
-    The repacking rounded the scales to bfloat16 and dropped their second level. They stay as it left them, so
-    that :func:`repack` gives exactly its bits.
+    The repacking rounded the scales to bfloat16 and dropped their second level. They stay as it left them, in
+    float32, so that the weight has the values that it was evaluated with.
     """
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse  # of versions that repack
 
-    weight: Any = layer.weight
     state = weight.quant_state
-    nested = state.original_nested
     scales = state.absmax.t().reshape(-1).float()
     stand_in = copy.copy(state)
     stand_in.original_nested = False  # the scales are not to be quantised once more
     with torch.inference_mode(False), torch.no_grad():
         weight.data, _ = _convert_weight_packed_for_cpu_inverse(weight.data, stand_in)
     state.absmax, state.dtype, state.packing_format_for_cpu = scales, state.original_dtype, False
-    _unpacked[layer] = (state, nested)
+
+
+def unpack(layer: nn.Module) -> None:
+    """:func:`lay_out` a layer's weight so that :func:`repack` gives exactly the bits that were there."""
+    weight: Any = layer.weight
+    state = weight.quant_state
+    lay_out(weight)
+    _unpacked[layer] = (state, state.original_nested)
 
 
 def repack(layer: nn.Module) -> None:

@@ -21,6 +21,7 @@ from .. import checks
 from ..autograd import linear_from_parts
 from ..checks import Packed
 from ..nf4 import NF4Weight
+from . import bitsandbytes_weight
 from .operands import FusedBase, Operands, computes_on
 from .peft_fused_layers import Fused
 
@@ -139,7 +140,7 @@ def fused_class(layer: nn.Module) -> type[nn.Module] | None:
 
 def is_repacked(layer: Any) -> bool:
     """Whether bitsandbytes' evaluation has changed the layout of a layer's weight."""
-    return bool(getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False))
+    return bitsandbytes_weight.is_repacked(getattr(layer.weight, "quant_state", None))
 
 
 def why_not(layer: Any) -> str | None:
@@ -182,23 +183,13 @@ def read(weight: Tensor) -> Packed:
     return got.packed, got.scales, got.nested, got.blocksize
 
 
-def unpack(weight: Any) -> bool:
-    """Undo the layout that bitsandbytes' evaluation on a CPU gives a weight, in place; whether there was one.
-
-    The codes come back exactly. The scales were rounded to bfloat16 when it repacked them, and their second
-    level dropped: they stay as that left them, in float32, so that the weight has the values it was evaluated
-    with.
-    """
+def unpack(weight: Any) -> None:
+    """Undo the layout that bitsandbytes' evaluation on a CPU gives a weight, in place, where it has."""
     state = weight.quant_state
-    if not getattr(state, "packing_format_for_cpu", False):
-        return False
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse  # of versions that repack
-
-    scales = state.absmax.t().reshape(-1).float()
-    state.original_nested = False  # not to be quantised once more
-    weight.data, _ = _convert_weight_packed_for_cpu_inverse(weight.data, state)
-    state.absmax, state.nested, state.state2, state.offset = scales, False, None, None
-    return True
+    if bitsandbytes_weight.is_repacked(state):
+        bitsandbytes_weight.lay_out(weight)
+        state.original_nested = state.nested = False
+        state.state2 = state.offset = None
 
 
 def _address(weight: Tensor) -> int:
