@@ -11,7 +11,7 @@ NO_ADAPTER, PLAIN = "fastlora, no adapter", "fastlora, plain absmax"
 PEFT_BNB, PEFT_DENSE = "PEFT on bitsandbytes", "dense + LoRA (PEFT)"
 ONE, EQUAL, LOOP = "fastlora, one adapter", "fastlora, equal ranks", "torch, a loop"
 PEFT_BNB_EVAL = "PEFT on bitsandbytes, eval mode"
-PATCHES = ("fastlora.patch(model)", "fastlora.patch_bitsandbytes()")
+PATCH = "fastlora.patch(model)"
 
 
 def _forward(m: int, least: float, reach: float, peer: str = DENSE, dtype: str = "bfloat16") -> Target:
@@ -25,12 +25,12 @@ def _dx(m: int, least: float, reach: float) -> Target:
     return Target(f"dx, m={m}, over dense dy·W", "backward", "dx", SPEED, least, reach, DENSE, (m,))
 
 
-def _model(patch: str) -> tuple[Target, ...]:
+def _model() -> tuple[Target, ...]:
     """Of a model under PEFT on bitsandbytes, patched, over the same unpatched."""
 
     def target(op: str, unit: str, least: float, peer: str, m: int, mode: str = "") -> Target:
         return Target(
-            f"{op}, {patch}, over unpatched{mode}", "trainers", op, unit, least, None, peer, (m,), ours=patch
+            f"{op}, patched, over unpatched{mode}", "trainers", op, unit, least, None, peer, (m,), ours=PATCH
         )
 
     return (
@@ -118,7 +118,7 @@ TARGETS = (
         "forward at the AVX2 level, m=1, over dense capped to AVX2",
         "linear", "forward", SPEED, 2.0, 3.0, DENSE, (1,), level="avx2",
     ),
-    *(target for patch in PATCHES for target in _model(patch)),
+    *_model(),
     Target("call of a 64 x 64 layer, inference", "overhead", "call", MICROSECONDS, 8, 5, ours="QLinear"),
     Target("scratch memory a thread, any shape", "memory", "scratch a thread", MIB, 4),
     Target("error of forward, over dequantise + dense", "linear", "forward", WORST_ERROR, 1.0),

@@ -29,9 +29,11 @@ def use_huge_pages(module: nn.Module) -> int:
     tensors keep their addresses and their bits. Returns the bytes that lie in huge pages now: 0 where the
     system gives none.
     """
-    tensors = [p.detach() for p in module.parameters() if p.dtype is torch.uint8]
+    tensors = [p for p in module.parameters() if p.dtype is torch.uint8]
     for one in module.modules():
         table = getattr(one, "_table", None)
         tensors += [] if table is None else [*table.a, *table.b]
-    unique = {t.data_ptr(): t for t in tensors if t.device.type == "cpu" and type(t) is Tensor}
-    return sum(_C.prefer_huge_pages(t.data_ptr(), t.nbytes, True) for t in unique.values())
+    with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' parameters have methods of their own
+        plain = [t.data for t in tensors if t.device.type == "cpu" and not hasattr(t, "full_tensor")]
+        unique = {t.data_ptr(): t.nbytes for t in plain if t.data_ptr()}
+    return sum(_C.prefer_huge_pages(place, size, True) for place, size in unique.items())

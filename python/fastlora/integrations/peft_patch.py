@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ..huge_pages import use_huge_pages
 from .operands import FusedBase
 from .patch_plan import is_patched, plan
 from .patch_report import PatchReport
@@ -32,7 +33,8 @@ def patch(model: nn.Module, *, show: bool = True) -> PatchReport:
 
     Losses are the unpatched model's within rounding, except that dropout draws other masks, of the same
     distribution. All of PEFT goes on working: merging, several adapters, ``adapter_names``, hotswapping,
-    saving and loading. Layers that PEFT adds later are patched by another call. No weight is copied.
+    saving and loading. Layers that PEFT adds later are patched by another call. No weight is copied; on a
+    CPU they are moved into pages of 2 MiB where they lie (:func:`fastlora.use_huge_pages`).
 
     Weights that bitsandbytes' evaluation on a CPU has repacked are laid out as they were; the report says so.
 
@@ -53,6 +55,7 @@ def patch(model: nn.Module, *, show: bool = True) -> PatchReport:
         )
     for module, cls in classes:
         _set_class(module, cls)
+    use_huge_pages(model)
     if show:
         from rich.console import Console
 
