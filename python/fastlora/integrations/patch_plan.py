@@ -12,7 +12,7 @@ from .patch_report import PatchedLayer, PatchReport
 
 Classes = list[tuple[nn.Module, type[nn.Module]]]
 
-_DENSE = "torch's product, adapter added in place"
+_DENSE = "adapter added in place"
 _ONE = "base and adapter in one product"
 _REPACKED = ", scales in bfloat16 as bitsandbytes' evaluation left them"
 _STRADDLING = ", blocks across rows (which bitsandbytes misreads on a CPU)"

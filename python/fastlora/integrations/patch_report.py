@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..conversion_report import SkippedLayer, _grouped, _pattern
 
@@ -19,7 +19,7 @@ class PatchedLayer:
 
     Attributes:
         name: its path in the model.
-        base: what its frozen weight is: "bitsandbytes" (its NF4), "QLinear" or "dense".
+        base: what its frozen weight is: "bitsandbytes" (its NF4) or "dense".
         out_features, in_features: n and k.
         adapters: a rank by each adapter's name; empty for a 4-bit layer without any.
         does: how it computes from now on.
@@ -41,9 +41,15 @@ class PatchReport:
     skipped: list[SkippedLayer] = field(default_factory=list)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich import box
         from rich.table import Column, Table
 
-        table = Table(Column("layer", overflow="fold"), "count", "base", "out x in", "rank", "computes")
+        def name(title: str) -> Column:
+            return Column(title, no_wrap=True, overflow="fold", min_width=26)
+
+        look: dict[str, Any] = {"box": box.SIMPLE, "padding": (0, 1, 0, 0), "pad_edge": False}
+        right = [Column(title, justify="right", no_wrap=True) for title in ("count", "out x in")]
+        table = Table(name("layer"), right[0], "base", right[1], "rank", "computes", **look)
         for group in _grouped(
             self.patched,
             lambda p: (_pattern(p.name), p.base, p.out_features, p.in_features, _ranks(p), p.does),
@@ -53,7 +59,7 @@ class PatchReport:
             table.add_row(_short(p.name), str(len(group)), p.base, size, _ranks(p), p.does)
         if self.patched:
             yield table
-        left = Table(Column("left as it was", overflow="fold"), "count", "why")
+        left = Table(name("left as it was"), Column("count", justify="right"), "why", **look)
         for skips in _grouped(self.skipped, lambda s: (_pattern(s.name), s.reason)):
             left.add_row(_short(skips[0].name), str(len(skips)), skips[0].reason)
         if self.skipped:
@@ -75,4 +81,6 @@ def _short(name: str) -> str:
 
 
 def _ranks(layer: PatchedLayer) -> str:
+    if list(layer.adapters) == ["default"]:  # PEFT's name for the only one
+        return str(layer.adapters["default"])
     return ", ".join(f"{name}: {rank}" for name, rank in layer.adapters.items())
