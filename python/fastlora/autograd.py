@@ -110,7 +110,8 @@ def linear_from_parts(
     ):
         check_whole("nf4_linear", weight[0])
         lora_a, lora_b = gathered(lora_a), gathered(lora_b)
-        return _Nf4Linear.apply(x, *weight, bias, lora_a, lora_b, scaling, seed, dropout)
+        # Products, as dynamo cannot give one dynamic float to two functions (torch 2.13, dynamic=True).
+        return _Nf4Linear.apply(x, *weight, bias, lora_a, lora_b, scaling * 1.0, seed, dropout * 1.0)
     if seed is None:
         y = direct.linear(x, weight, bias, lora_a, lora_b, scaling)
         if y is not None:

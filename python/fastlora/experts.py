@@ -210,8 +210,7 @@ class QExperts(nn.Module):
         )
         dropout = self.dropout if self.training else 0.0
         weight = (packed, scales, nested, self.blocksize)
-        # A product, as dynamo cannot give one dynamic float to two functions (torch 2.13, dynamic=True).
-        scaling = self.scaling * 1.0
+        scaling = self.scaling * 1.0  # see linear_from_parts
         return experts_linear(x, segments, weight, bias, a, b, scaling, dropout)
 
     # --- weights ------------------------------------------------------------------------------------------
