@@ -95,7 +95,8 @@ gpu-check: ## build, test, sanitize and measure the CUDA kernels on this machine
 	PYTHON=$(PYTHON) bench/gpu_check.sh $(OUT)
 
 build: $(VENV)/.tools ## an isolated build of the wheel into dist/; WHEEL_ARCHS=90a for one architecture
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist $(WHEEL_ARCHS:%=--config-settings=cmake.define.FASTLORA_CUDA_ARCHS=%) .
+	@# The same cmake as for the package, so that the compiler is called alike and its cache serves both.
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist $(WHEEL_ARCHS:%=--config-settings=cmake.define.FASTLORA_CUDA_ARCHS=%) .
 
 clean: ## remove what the targets above made, the environment included
 	rm -rf $(VENV) build dist demo_out .pytest_cache .mypy_cache .ruff_cache .hypothesis
