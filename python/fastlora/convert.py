@@ -16,6 +16,7 @@ from .conversion_report import ConversionReport, ConvertedLayer, SkippedLayer
 from .experts import QExperts
 from .integrations import experts as stacked
 from .linear import QLinear, check_arguments
+from .methods import initialisation
 
 ALL_LINEAR = "all-linear"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -41,6 +42,7 @@ def convert(
     double_quant: bool = True,
     use_rslora: bool = False,
     adapter_dtype: torch.dtype | None = None,
+    init: str = "default",
     expert_rank: int | None = None,
     progress: bool = True,
 ) -> ConversionReport:
@@ -54,6 +56,7 @@ def convert(
             that must match a whole path.
         skip_modules: names of modules to leave dense, with all they contain; they need not occur.
         rank, alpha, dropout, blocksize, double_quant, use_rslora, adapter_dtype: as for :class:`QLinear`.
+        init: how linear layers' adapters start, as for :meth:`QLinear.from_linear`; experts' by default.
         expert_rank: that of each single expert, by default `rank`; 0 leaves the experts without adapters,
             which are most of a model's where there are many experts.
         progress: show a progress bar.
@@ -87,6 +90,7 @@ def convert(
     expert_rank = rank if expert_rank is None else expert_rank
     for one in (rank, expert_rank):
         check_arguments(1, 1, one, alpha, dropout, blocksize, torch.float32, adapter_dtype or torch.float32)
+    initialisation.check_init("convert", init, rank, alpha)
     report = ConversionReport(bytes_before=_bytes(model))
     names = _names(model)
     groups = _plan(model, names, target_modules, skip_modules, report.skipped)
@@ -101,7 +105,8 @@ def convert(
                 layer: QLinear | QExperts
                 try:
                     if isinstance(dense, nn.Linear):
-                        layer = QLinear.from_linear(dense, **options)
+                        again = first is not None and initialisation.reads_weight(init)
+                        layer = QLinear.from_linear(dense, **options, init="default" if again else init)
                     else:
                         layer = stacked.from_module(dense, **options | {"rank": expert_rank})
                 except ValueError as error:
@@ -113,6 +118,8 @@ def convert(
                     layer.bias = dense.bias  # itself, in case it is shared
                     if first is not None:
                         layer.share_base(first[1])
+                        if again and first[1].lora_A is not None and first[1].lora_B is not None:
+                            layer.set_adapter_values(first[1].lora_A, first[1].lora_B)  # it fits this base
                     report.converted.append(_converted(name, dense, layer, first))
                     first = first or (name, layer)
                 elif isinstance(layer, QExperts):
