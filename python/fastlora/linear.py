@@ -296,12 +296,22 @@ class QLinear(NamedAdapters, nn.Linear):
         """Whether the adapter is folded into the weight."""
         return self._unmerged is not None
 
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W with the active adapter in it, unquantised: float32 (out_features, in_features); of a merged
+        layer the weight in force."""
+        dense = self.dequantize(torch.float32)
+        if self.merged or self.active_adapter is None:
+            return dense
+        adapter = self.exported(self.active_adapter)
+        return dense.addmm_(adapter.lora_B.float(), adapter.lora_A.float(), alpha=adapter.scaling)
+
     def merge(self) -> None:
         """Fold the active adapter into the weight for inference: W becomes NF4(W + scaling·lora_B·lora_A).
 
         This is lossy: the sum is quantised again, and an adapter's change is often smaller than the distance
         between two codes. To lose nothing, stay unmerged (the fused kernel makes the adapter nearly free), or
-        keep a dense copy: ``layer.dequantize(torch.float32) + layer.scaling * layer.lora_B @ layer.lora_A``.
+        keep a dense copy, :meth:`merged_weight`.
 
         The original bits are kept beside the merged ones until :meth:`unmerge` gives them back exactly.
         While merged, ``state_dict`` holds the original bits and the adapter, as if unmerged;
@@ -313,11 +323,7 @@ class QLinear(NamedAdapters, nn.Linear):
             return
         if self.sharded:
             raise RuntimeError("merge: expected a layer whose parameters are whole, got a sharded one")
-        adapter = self.adapter(self.active_adapter)
-        with torch.no_grad():
-            dense = self.dequantize(torch.float32)
-            dense.addmm_(adapter.lora_B.float(), adapter.lora_A.float(), alpha=adapter.scaling)
-            merged = quantize_nf4(dense, blocksize=self.blocksize, double_quant=self.double_quant)
+        merged = quantize_nf4(self.merged_weight(), blocksize=self.blocksize, double_quant=self.double_quant)
         # The Parameters themselves are kept, not copies, so that layers that share a weight share it again.
         self._unmerged = (self.weight, self.weight_scales, self.weight_nested)
         self._set_base(merged)
