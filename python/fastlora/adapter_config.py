@@ -54,6 +54,7 @@ def config_of(
         "alpha_pattern": {_pattern(name, every): a for name, a in alphas.items() if a != alpha},
         "target_modules": _target_modules(model, layers),
         "use_rslora": rslora,
+        **({"use_dora": True} if any(layer.magnitude is not None for layer in every.values()) else {}),
         # PEFT makes no experts' adapter with dropout, which it needs in training only.
         "lora_dropout": 0.0 if stacks else max(layer.dropout for layer in every.values()),
         "bias": "none",
@@ -107,7 +108,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"load_adapter: expected JSON in {file}, got {error}") from error
     if config.get("peft_type") != "LORA":
         raise ValueError(f"load_adapter: expected peft_type LORA in {file}, got {config.get('peft_type')!r}")
-    for key in ("use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "trainable_token_indices"):
+    for key in ("use_qalora", "lora_bias", "fan_in_fan_out", "trainable_token_indices"):
         if config.get(key):
             raise ValueError(
                 f"load_adapter: expected a plain LoRA adapter, got {key}={config[key]!r} in {file}"
@@ -116,6 +117,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"load_adapter: expected a number lora_alpha in {file}, got {config.get('lora_alpha')!r}"
         )
+    config["use_dora"] = bool(config.get("use_dora"))
     config["use_rslora"] = bool(config.get("use_rslora"))
     config["alpha_pattern"] = config.get("alpha_pattern") or {}
     return config

@@ -28,7 +28,7 @@ from .sharded import cut_like, reshard, whole
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_ENDS = ("lora_A.weight", "lora_B.weight")
+_ENDS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
 
 
 def save_adapter(
@@ -58,7 +58,13 @@ def save_adapter(
     if not layers and not stacks:
         what = "QLinear layers of rank > 0" if name == DEFAULT else f"an adapter {name!r}"
         raise ValueError(f"save_adapter: expected a model with {what}, got {_names(model) or 'none'}")
-    parts = {path: layer.adapter(name) for path, layer in layers.items()}
+    parts = {path: layer.exported(name) for path, layer in layers.items()}
+    magnitudes = [path for path, one in parts.items() if one.magnitude is not None]
+    if magnitudes and (stacks or len(magnitudes) < len(parts)):
+        raise ValueError(
+            "save_adapter: expected DoRA in every adapted layer or in none, which is all that a file can "
+            f"say, got it in {len(magnitudes)} of {len(parts) + len(stacks)}"
+        )
     config = config_of(model, parts, expert_files.parts(stacks))
     if stacks:
         config["target_parameters"] = expert_files.targets(model, stacks)
@@ -101,9 +107,10 @@ def load_adapter(
     config says. The dropout of an adapter that was there stays as it is.
 
     Raises, with nothing changed: ValueError that lists what is missing, unexpected or of the wrong shape, for
-    a file that does not fit the model exactly, and for a kind of adapter other than plain LoRA or rsLoRA;
-    RuntimeError for layers that are merged or on the meta device, and for sharded ones that have no adapter
-    of the name and rank; FileNotFoundError.
+    a file that does not fit the model exactly, and for a kind of adapter other than plain LoRA, rsLoRA or,
+    into DoraQLinear, DoRA; RuntimeError for layers that are merged or on the meta device, for sharded ones
+    that have no adapter of the name and rank, and for kinds of layers that hold no such adapter;
+    FileNotFoundError.
     """
     model = _unwrapped(model)
     path = Path(directory)
@@ -113,9 +120,13 @@ def load_adapter(
     tensors = safetensors.torch.load_file(path / WEIGHTS_NAME)
     layers = _adapted(model, name)
     stacks = expert_files.adapted(model) if name == DEFAULT else {}
-    expected: dict[str, tuple[int, ...]] = {
-        key: p.shape for key, p in _entries({at: one.adapter(name) for at, one in layers.items()}).items()
-    }
+    held = {at: one.adapter(name) for at, one in layers.items()}
+    if config["use_dora"] and not any(one.magnitude is not None for one in held.values()):
+        raise ValueError(
+            f"load_adapter: expected a plain LoRA adapter, got use_dora=True in {path / CONFIG_NAME}; "
+            "convert with layer_class=DoraQLinear"
+        )
+    expected: dict[str, tuple[int, ...]] = {key: p.shape for key, p in _entries(held).items()}
     if name != DEFAULT:
         layers |= _in_file(model, tensors)
         expected |= _shapes(layers, tensors)
@@ -126,6 +137,7 @@ def load_adapter(
     for state, names in (
         ("whole", [at for at in apart if ranks[at] != _rank(layers[at], name)]),
         ("unmerged", [at for at, layer in layers.items() if layer.merged]),
+        ("plain LoRA", [at for at, layer in layers.items() if not layer.can_load(name)]),
         ("materialised", [at for at, layer in layers.items() if layer.weight.is_meta]),
         ("materialised", [at for at, experts in stacks.items() if experts.down_proj.is_meta]),
     ):
@@ -138,7 +150,9 @@ def load_adapter(
     rslora, dropout = config["use_rslora"], float(config.get("lora_dropout") or 0.0)
     _load_experts(stacks, config, tensors)
     for at, layer in layers.items():
-        a, b = (tensors[key] for key in _keys(at))
+        a, b, magnitude = (tensors.get(key) for key in _keys(at))
+        assert a is not None
+        assert b is not None
         alpha = pattern_value(config["alpha_pattern"], at, config["lora_alpha"])
         if name not in layer.adapter_names:
             layer.add_adapter(
@@ -147,8 +161,9 @@ def load_adapter(
         parts = layer.adapter(name)
         if parts.rank == a.shape[0]:
             with torch.no_grad():
-                for p, t in zip(parts[:2], (a, b), strict=True):
-                    p.copy_(cut_like(p, t))
+                for p, t in zip((*parts[:2], parts.magnitude), (a, b, magnitude), strict=True):
+                    if p is not None and t is not None:
+                        p.copy_(cut_like(p, t))
             layer.set_adapter_alpha(name, alpha, rslora)
         else:
             layer.replace_adapter(name, a, b, alpha, use_rslora=rslora)
@@ -196,7 +211,7 @@ def _names(model: nn.Module) -> list[str]:
 
 
 def _keys(layer: str) -> list[str]:
-    """What the file calls a layer's A and B."""
+    """What the file calls a layer's A and B, and DoRA's magnitude if there is one."""
     stem = _PREFIX + (f"{layer}." if layer else "")
     return [stem + end for end in _ENDS]
 
@@ -204,7 +219,10 @@ def _keys(layer: str) -> list[str]:
 def _entries(adapters: Mapping[str, Parts]) -> dict[str, Tensor]:
     """The file's keys and the parameters behind them."""
     return {
-        key: p for layer, parts in adapters.items() for key, p in zip(_keys(layer), parts[:2], strict=True)
+        key: p
+        for layer, parts in adapters.items()
+        for key, p in zip(_keys(layer), (*parts[:2], parts.magnitude), strict=True)
+        if p is not None
     }
 
 
@@ -221,7 +239,7 @@ def _shapes(layers: Mapping[str, QLinear], tensors: Mapping[str, Tensor]) -> dic
     """Those that a file with its own ranks should have."""
     shapes: dict[str, tuple[int, ...]] = {}
     for at, layer in layers.items():
-        a, b = _keys(at)
+        a, b, _ = _keys(at)
         rank = tensors[a].shape[0] if a in tensors and tensors[a].dim() else 1
         shapes |= {a: (max(rank, 1), layer.in_features), b: (layer.out_features, max(rank, 1))}
     return shapes

@@ -16,6 +16,7 @@ from .conversion_report import ConversionReport, ConvertedLayer, SkippedLayer
 from .experts import QExperts
 from .integrations import experts as stacked
 from .linear import QLinear, check_arguments
+from .methods import initialisation
 
 ALL_LINEAR = "all-linear"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -41,6 +42,8 @@ def convert(
     double_quant: bool = True,
     use_rslora: bool = False,
     adapter_dtype: torch.dtype | None = None,
+    init: str = "default",
+    layer_class: type[QLinear] = QLinear,
     expert_rank: int | None = None,
     progress: bool = True,
 ) -> ConversionReport:
@@ -54,6 +57,8 @@ def convert(
             that must match a whole path.
         skip_modules: names of modules to leave dense, with all they contain; they need not occur.
         rank, alpha, dropout, blocksize, double_quant, use_rslora, adapter_dtype: as for :class:`QLinear`.
+        init: how linear layers' adapters start, as for :meth:`QLinear.from_linear`; experts' by default.
+        layer_class: what linear layers become: QLinear or a kind of it, as `fastlora.methods` has them.
         expert_rank: that of each single expert, by default `rank`; 0 leaves the experts without adapters,
             which are most of a model's where there are many experts.
         progress: show a progress bar.
@@ -87,6 +92,9 @@ def convert(
     expert_rank = rank if expert_rank is None else expert_rank
     for one in (rank, expert_rank):
         check_arguments(1, 1, one, alpha, dropout, blocksize, torch.float32, adapter_dtype or torch.float32)
+    if not (isinstance(layer_class, type) and issubclass(layer_class, QLinear)):
+        raise TypeError(f"convert: expected layer_class QLinear or a kind of it, got {layer_class!r}")
+    initialisation.check_init("convert", init, rank, alpha)
     report = ConversionReport(bytes_before=_bytes(model))
     names = _names(model)
     groups = _plan(model, names, target_modules, skip_modules, report.skipped)
@@ -101,7 +109,8 @@ def convert(
                 layer: QLinear | QExperts
                 try:
                     if isinstance(dense, nn.Linear):
-                        layer = QLinear.from_linear(dense, **options)
+                        again = first is not None and initialisation.reads_weight(init)
+                        layer = layer_class.from_linear(dense, **options, init="default" if again else init)
                     else:
                         layer = stacked.from_module(dense, **options | {"rank": expert_rank})
                 except ValueError as error:
@@ -113,6 +122,8 @@ def convert(
                     layer.bias = dense.bias  # itself, in case it is shared
                     if first is not None:
                         layer.share_base(first[1])
+                        if again and first[1].lora_A is not None and first[1].lora_B is not None:
+                            layer.set_adapter_values(first[1].lora_A, first[1].lora_B)  # it fits this base
                     report.converted.append(_converted(name, dense, layer, first))
                     first = first or (name, layer)
                 elif isinstance(layer, QExperts):
@@ -297,7 +308,7 @@ def _freeze_all_but_adapters(model: nn.Module) -> None:
         for m in model.modules()
         if isinstance(m, QLinear)
         for name in m.adapter_names
-        for p in m.adapter(name)[:2]
+        for p in m.adapter_parameters(name)
     }
     adapters |= {id(p) for m in model.modules() if isinstance(m, QExperts) for p in m.adapter_parameters()}
     for parameter in model.parameters():

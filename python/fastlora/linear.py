@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import checks, huge_pages
 from .autograd import linear_from_parts
+from .methods import initialisation
 from .named_adapters import NamedAdapters
 from .nf4 import NF4Weight, quantize_nf4
 from .sharded import cut_like, whole
@@ -115,12 +116,21 @@ class QLinear(NamedAdapters, nn.Linear):
         dtype: torch.dtype | None = None,
         device: torch.device | str | int | None = None,
         adapter_dtype: torch.dtype | None = None,
+        init: str = "default",
     ) -> QLinear:
         """Quantise a dense layer. Arguments as for the class; dtype and device default to the layer's own.
 
+        init: how the adapter starts. ``"default"`` as :meth:`reset_adapter` says; ``"gaussian"``, lora_A
+        normal with a standard deviation of 1 / rank; ``"loftq"``, with what quantising lost;
+        ``"loftq_niter_N"``, N alternations, which change the base too; ``"pissa"``, with the principal part
+        of the weight, which is taken out of the base, or ``"pissa_niter_N"``, faster and approximate. A base
+        that was changed has to be saved with the adapter (`methods/loftq.py`, `methods/pissa.py`).
+
         The bias is copied: nothing of `linear` changes and nothing is shared with it. Raises TypeError if it
-        is not a `torch.nn.Linear` with a floating matrix for a weight, ValueError if that holds NaN or Inf.
+        is not a `torch.nn.Linear` with a floating matrix for a weight, ValueError if that holds NaN or Inf,
+        or for an `init` that does not fit.
         """
+        initialisation.check_init("QLinear.from_linear", init, rank, alpha)
         dense = getattr(linear, "weight", None)
         if not isinstance(linear, nn.Linear) or not isinstance(dense, Tensor) or isinstance(linear, QLinear):
             raise TypeError(f"QLinear.from_linear: expected a torch.nn.Linear, got {type(linear).__name__}")
@@ -150,12 +160,15 @@ class QLinear(NamedAdapters, nn.Linear):
                 raise RuntimeError(
                     f"QLinear.from_linear: expected a weight with data, got a meta one for {target}"
                 )
-            layer._set_base(quantize_nf4(dense.detach(), blocksize=blocksize, double_quant=double_quant))
+            base, pair = initialisation.start(init, dense, rank, layer.scaling, blocksize, double_quant)
+            layer._set_base(base)
             layer._materialize(target)
             if linear.bias is not None:
                 with torch.no_grad():
                     layer.bias.copy_(linear.bias)
-            layer.reset_adapter()
+            layer.reset_adapter("default" if pair is not None else init)
+            if pair is not None:
+                layer.set_adapter_values(*pair)
         if linear.bias is not None:
             layer.bias.requires_grad_(linear.bias.requires_grad)
         return layer.train(linear.training)
@@ -191,11 +204,29 @@ class QLinear(NamedAdapters, nn.Linear):
         self.alpha, self.use_rslora = alpha, use_rslora
         self.scaling = 0.0 if self.rank == 0 else alpha / (math.sqrt(self.rank) if use_rslora else self.rank)
 
-    def reset_adapter(self) -> None:
-        """lora_A Kaiming-uniform with a = sqrt(5), lora_B zero: the layer equals its base again."""
+    def reset_adapter(self, init: str = "default") -> None:
+        """lora_A Kaiming-uniform with a = sqrt(5), or normal for ``"gaussian"``, lora_B zero: the layer is
+        its base again."""
+        if init not in {"default", "gaussian"}:
+            raise ValueError(f"reset_adapter: expected init 'default' or 'gaussian', got {init!r}")
         if self.lora_A is not None and self.lora_B is not None:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            if init == "gaussian":
+                nn.init.normal_(self.lora_A, std=1 / self.rank)
+            else:
+                nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
             nn.init.zeros_(self.lora_B)
+
+    def set_adapter_values(self, lora_a: Tensor, lora_b: Tensor) -> None:
+        """Copy values (rank, k) and (n, rank) into the layer's own adapter."""
+        for name, p, value in (("lora_a", self.lora_A, lora_a), ("lora_b", self.lora_B, lora_b)):
+            if p is None or p.shape != value.shape:
+                raise ValueError(
+                    f"set_adapter_values: expected {name} of shape "
+                    f"{None if p is None else tuple(p.shape)}, got {tuple(value.shape)}"
+                )
+        with torch.no_grad():
+            self.lora_A.copy_(lora_a)  # type: ignore[union-attr]
+            self.lora_B.copy_(lora_b)  # type: ignore[union-attr]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features), in x's dtype (autocast's where that is on)."""
@@ -265,12 +296,22 @@ class QLinear(NamedAdapters, nn.Linear):
         """Whether the adapter is folded into the weight."""
         return self._unmerged is not None
 
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W with the active adapter in it, unquantised: float32 (out_features, in_features); of a merged
+        layer the weight in force."""
+        dense = self.dequantize(torch.float32)
+        if self.merged or self.active_adapter is None:
+            return dense
+        adapter = self.exported(self.active_adapter)
+        return dense.addmm_(adapter.lora_B.float(), adapter.lora_A.float(), alpha=adapter.scaling)
+
     def merge(self) -> None:
         """Fold the active adapter into the weight for inference: W becomes NF4(W + scaling·lora_B·lora_A).
 
         This is lossy: the sum is quantised again, and an adapter's change is often smaller than the distance
         between two codes. To lose nothing, stay unmerged (the fused kernel makes the adapter nearly free), or
-        keep a dense copy: ``layer.dequantize(torch.float32) + layer.scaling * layer.lora_B @ layer.lora_A``.
+        keep a dense copy, :meth:`merged_weight`.
 
         The original bits are kept beside the merged ones until :meth:`unmerge` gives them back exactly.
         While merged, ``state_dict`` holds the original bits and the adapter, as if unmerged;
@@ -282,11 +323,7 @@ class QLinear(NamedAdapters, nn.Linear):
             return
         if self.sharded:
             raise RuntimeError("merge: expected a layer whose parameters are whole, got a sharded one")
-        adapter = self.adapter(self.active_adapter)
-        with torch.no_grad():
-            dense = self.dequantize(torch.float32)
-            dense.addmm_(adapter.lora_B.float(), adapter.lora_A.float(), alpha=adapter.scaling)
-            merged = quantize_nf4(dense, blocksize=self.blocksize, double_quant=self.double_quant)
+        merged = quantize_nf4(self.merged_weight(), blocksize=self.blocksize, double_quant=self.double_quant)
         # The Parameters themselves are kept, not copies, so that layers that share a weight share it again.
         self._unmerged = (self.weight, self.weight_scales, self.weight_nested)
         self._set_base(merged)

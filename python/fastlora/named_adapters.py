@@ -77,6 +77,7 @@ class Parts(NamedTuple):
     use_rslora: bool
     scaling: float
     dropout: float
+    magnitude: nn.Parameter | None = None  # of DoRA
 
 
 class NamedAdapters(nn.Module):
@@ -220,6 +221,18 @@ class NamedAdapters(nn.Module):
             )
         of = self.holder(name)
         return Parts(of.lora_A, of.lora_B, of.rank, of.alpha, of.use_rslora, of.scaling, of.dropout)
+
+    def adapter_parameters(self, name: str = DEFAULT) -> list[nn.Parameter]:
+        """All that an adapter learns."""
+        return list(self.adapter(name)[:2])
+
+    def exported(self, name: str = DEFAULT) -> Parts:
+        """An adapter as files hold it."""
+        return self.adapter(name)
+
+    def can_load(self, name: str) -> bool:
+        """Whether a file's values may become the adapter of this name."""
+        return True
 
     def holder(self, name: str) -> Any:
         """The module that has an adapter's parameters and numbers as attributes: the layer, or an Adapter."""

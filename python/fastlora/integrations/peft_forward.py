@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..autograd import linear_from_parts
 from ..checks import Packed
 from ..linear import QLinear
+from ..methods.dora import RowSquares, dora_linear, row_norms
 from ..multi_autograd import NO_DROPOUT, multi_linear
 from .mixed_batch import Member, low_rank, routing
 
@@ -27,6 +28,8 @@ class FusedForward(_Layer):
     One adapter is the fused op; several that are active at once are one of their ranks together; a batch with
     adapter_names is one call of the op of many adapters; DoRA scales the fused op's columns.
     """
+
+    _squares: RowSquares | None = None  # of the base, for DoRA
 
     if TYPE_CHECKING:
         base_layer: Any
@@ -139,25 +142,17 @@ class FusedForward(_Layer):
         return torch.cat([a for a, _, _ in pairs]), torch.cat([b * s for _, b, s in pairs], dim=1), 1.0
 
     def _dora(self, x: Tensor, name: str, weight: Packed, bias: Tensor | None) -> Tensor:
-        """y = m / |W + s·B·A| * (x·Wᵀ + s·x·Aᵀ·Bᵀ) + bias, the norm of each row of W being a constant to
-        gradients (DoRA, Liu et al., 2024, 4.3)."""
+        """DoRA, with peft's magnitude (`methods/dora.py`)."""
         a, b, scaling = self._stacked([name])
         assert a is not None
         assert b is not None
-        with torch.no_grad():
-            dense = self.base_layer.dequantize(torch.float32)
-            norm = torch.linalg.vector_norm(dense.addmm_(b.float(), a.float(), alpha=scaling), dim=1)
-            del dense
-        factor = self.lora_magnitude_vector[name].weight / norm
+        if self._squares is None:
+            self._squares = RowSquares()
+        norms = row_norms(weight, self._squares.of(weight, self.base_layer.in_features), a, b, scaling)
+        factor = self.lora_magnitude_vector[name].weight / norms
         bias = bias if bias is None else bias.to(x.dtype)
-        if not self._p(name):
-            y = linear_from_parts(x, weight, None, a, b, scaling)
-            y = (y * factor).to(y.dtype)
-            return y if bias is None else y + bias.to(y.dtype)
-        # What is left out is left out of the change alone: the base sees all of x, in two parts.
-        seen = self.lora_dropout[name](x)
-        y = linear_from_parts(seen, weight, None, a, b, scaling)
-        return linear_from_parts(x - seen, weight, bias, None, None, 0.0) + (y * factor).to(y.dtype)
+        seen = self.lora_dropout[name](x) if self._p(name) else None
+        return dora_linear(x, weight, bias, a, b, scaling, factor, seen)
 
     def _mixed(self, x: Tensor, names: Sequence[str], weight: Packed, bias: Tensor | None) -> Tensor:
         """Row i of x, with all that is under it, has the adapter names[i]; the base alone where this layer

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..nf4 import quantize_nf4
+from ..methods.loftq import loftq
 
 _PREFIX = "base_model.model."
 
@@ -71,27 +71,20 @@ def initialize_loftq(
 
 
 def _initialize(layer: Any, weight: Tensor, name: str, iterations: int) -> None:
-    base, a, b = layer.qlinear, layer.lora_A[name].weight, layer.lora_B[name].weight
-    rank, scaling = layer.r[name], float(layer.scaling[name])
-    weight = weight.to(device=base.weight.device, dtype=torch.float32)
-    quantized = base.quantized_weight
-    left, right = _low_rank(weight - quantized.dequantize(torch.float32), rank)
-    for _ in range(iterations - 1):
-        rest = weight.addmm(left, right, alpha=-1)
-        quantized = quantize_nf4(rest, blocksize=base.blocksize, double_quant=base.double_quant)
-        left, right = _low_rank(weight - quantized.dequantize(torch.float32), rank)
+    base = layer.qlinear
+    quantized, a, b = loftq(
+        weight.to(device=base.weight.device, dtype=torch.float32),
+        layer.r[name],
+        scaling=float(layer.scaling[name]),
+        iterations=iterations,
+        blocksize=base.blocksize,
+        double_quant=base.double_quant,
+        quantized=base.quantized_weight,
+    )
     if iterations > 1:
         base._set_base(quantized)
-    found = right.shape[0]  # less than the rank where the matrix itself is smaller
-    b.zero_()[:, :found] = left / scaling
-    a.zero_()[:found] = right
-
-
-def _low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The (n, r) and (r, k) whose product is nearest to it."""
-    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    root = s[:rank].sqrt()
-    return u[:, :rank] * root, root[:, None] * vh[:rank]
+    layer.lora_A[name].weight.copy_(a)
+    layer.lora_B[name].weight.copy_(b)
 
 
 class _Weights:
