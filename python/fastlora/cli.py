@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import typer
 
+from .commands.bench import bench
 from .commands.estimate import estimate
 from .commands.info import info
+from .commands.merge import merge
+from .commands.quantize import quantize
 
 app = typer.Typer(
     add_completion=False,
@@ -13,8 +16,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fused 4-bit NormalFloat layers with low-rank adapters.",
 )
-for command in (info, estimate):
+for command in (info, quantize, merge, estimate):
     app.command()(command)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 
 
 @app.callback()
