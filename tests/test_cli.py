@@ -1,16 +1,19 @@
-"""python -m fastlora info."""
+"""python -m fastlora: info, bench, and what all commands have."""
 
 import json
 import os
 import subprocess
 import sys
+import types
 from importlib import metadata
 
+import pytest
 import torch
 from typer.testing import CliRunner
 
 import fastlora
 from fastlora import _C, cli, info
+from fastlora.commands import bench
 
 runner = CliRunner()
 
@@ -98,3 +101,49 @@ def test_the_exports_are_there():
         "use_isa", "current_isa", "available_isas", "__version__",
     }  # fmt: skip
     assert all(hasattr(fastlora, name) for name in fastlora.__all__)
+
+
+# --- all commands -----------------------------------------------------------------------------------------
+
+
+def test_the_list_of_commands():
+    text = run("--help")
+    for command in ("info", "quantize", "merge", "estimate", "bench"):
+        assert f" {command} " in text
+
+
+@pytest.mark.parametrize("command", ["quantize", "merge", "estimate", "bench"])
+def test_help_has_examples(command):
+    text = run(command, "--help")
+    assert f"  fastlora {command} " in text.partition("Example")[2]
+
+
+def test_an_unknown_option_is_code_2():
+    result = runner.invoke(cli.app, ["merge", "a", "b", "c", "--fast"])
+    assert result.exit_code == 2
+    assert "--fast" in result.stderr
+
+
+# --- bench ------------------------------------------------------------------------------------------------
+
+
+def test_bench_gives_its_arguments_and_exit_code_on(monkeypatch):
+    seen = []
+
+    def ran(command, check):
+        seen.append(command)
+        return types.SimpleNamespace(returncode=3)
+
+    monkeypatch.setattr(bench.subprocess, "run", ran)
+    result = runner.invoke(cli.app, ["bench", "--suite", "linear", "--quick"])
+    assert result.exit_code == 3
+    assert seen == [[sys.executable, str(bench.suite()), "--suite", "linear", "--quick"]]
+    assert bench.suite().parts[-2:] == ("bench", "run.py")
+
+
+def test_bench_without_a_checkout(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "lib" / "fastlora" / "commands" / "bench.py"))
+    result = runner.invoke(cli.app, ["bench"])
+    assert result.exit_code == 2
+    assert "bench: expected fastlora imported from a checkout" in result.stderr
+    assert result.stderr.count("\n") == 1

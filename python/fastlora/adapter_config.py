@@ -96,27 +96,23 @@ def guess_task(model: nn.Module) -> str | None:
     return next((task for ending, task in _TASK_BY_CLASS.items() if name.endswith(ending)), None)
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, op: str = "load_adapter") -> dict[str, Any]:
     file = path / CONFIG_NAME
     if not file.is_file():
-        raise FileNotFoundError(f"load_adapter: expected {CONFIG_NAME} in {path}, got none")
+        raise FileNotFoundError(f"{op}: expected {CONFIG_NAME} in {path}, got none")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"a {type(config).__name__}, not an object")
     except ValueError as error:
-        raise ValueError(f"load_adapter: expected JSON in {file}, got {error}") from error
+        raise ValueError(f"{op}: expected JSON in {file}, got {error}") from error
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"load_adapter: expected peft_type LORA in {file}, got {config.get('peft_type')!r}")
+        raise ValueError(f"{op}: expected peft_type LORA in {file}, got {config.get('peft_type')!r}")
     for key in ("use_qalora", "lora_bias", "fan_in_fan_out", "trainable_token_indices"):
         if config.get(key):
-            raise ValueError(
-                f"load_adapter: expected a plain LoRA adapter, got {key}={config[key]!r} in {file}"
-            )
+            raise ValueError(f"{op}: expected a plain LoRA adapter, got {key}={config[key]!r} in {file}")
     if not isinstance(config.get("lora_alpha"), (int, float)):
-        raise ValueError(
-            f"load_adapter: expected a number lora_alpha in {file}, got {config.get('lora_alpha')!r}"
-        )
+        raise ValueError(f"{op}: expected a number lora_alpha in {file}, got {config.get('lora_alpha')!r}")
     config["use_dora"] = bool(config.get("use_dora"))
     config["use_rslora"] = bool(config.get("use_rslora"))
     config["alpha_pattern"] = config.get("alpha_pattern") or {}

@@ -1,59 +1,29 @@
-"""The command line: `python -m fastlora info`."""
+"""The command line: `fastlora`, also `python -m fastlora`."""
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any
-
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from . import info as _info
+from .commands.bench import bench
+from .commands.estimate import estimate
+from .commands.info import info
+from .commands.merge import merge
+from .commands.quantize import quantize
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="Fused 4-bit NormalFloat layers with low-rank adapters."
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fused 4-bit NormalFloat layers with low-rank adapters.",
 )
+for command in (info, quantize, merge, estimate):
+    app.command()(command)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 
 
 @app.callback()
 def _root() -> None:
-    """A callback, so that `info` stays a command by name while it is the only one."""
-
-
-@app.command()
-def info(
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of the table.")
-    ] = False,
-) -> None:
-    """Say what this installation runs on, and what is missing and why."""
-    facts = _info.collect()
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-    else:
-        _print_table(facts)
-
-
-def _print_table(facts: dict[str, Any]) -> None:
-    forced = f" (forced by {facts['level_forced_by']})" if facts["level_forced_by"] else ""
-    rows = {
-        "fastlora": facts["fastlora"],
-        "python": f"{facts['python']}, {facts['platform']}",
-        "torch": facts["torch"],
-        "level in force": facts["level"] + forced,
-        "levels available": ", ".join(facts["levels_available"]),
-        "threads": str(facts["threads"]),
-        "CUDA kernels": "built" if facts["cuda_built"] else "not built",
-        "CUDA devices": ", ".join(facts["cuda_devices"]) or "none",
-        "packages found": ", ".join(f"{k} {v}" for k, v in facts["packages"].items() if v) or "none",
-    }
-    table = Table(show_header=False, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, value in rows.items():
-        table.add_row(name, value)
-    for i, (name, why) in enumerate(facts["missing"].items()):
-        table.add_row("missing" if i == 0 else "", f"{name}: {why}")
-    Console(highlight=False, markup=False).print(table)
+    """A callback, so that a command is one by name however many there are."""
 
 
 def main() -> None:
