@@ -164,6 +164,7 @@ def test_a_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["--params", "7B", "--shape", "2x2"], "expected one of MODEL_CONFIG, --params and --shape"),
         (["--params", "many"], "--params: expected a number of weights as 65B or 350M, got 'many'"),
         (["--params", "0"], "--params: expected a number of weights"),
+        (["--params", "1000"], "expected a model of a million weights at least, got 1000"),
         (["--shape", "8192"], "--shape: expected out x in as 8192x8192, got '8192'"),
         (["--params", "7B", "--gpu-memory", "big"], "--gpu-memory: expected a size as 48GB or 48GiB"),
         (["--params", "7B", "--targets", "c_attn"], "--targets: expected names of q_proj, "),

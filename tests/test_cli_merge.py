@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -293,6 +294,27 @@ def test_two_runs_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with shard_run.ShardRun(args[2], what, [], 0):
         refused(args, "to be free, got one that another process writes")
     run(*args)
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = half_done(tmp_path, monkeypatch)
+
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.EBADF, "bad file descriptor")
+
+    monkeypatch.setattr(shard_run.fcntl, "flock", unsupported)
+    run(*args)
+    assert (args[2] / "config.json").is_file()
+
+
+def test_the_bar_of_a_terminal_goes_to_stderr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base(tmp_path / "base")
+    adapter(tmp_path / "adapter")
+    args = [tmp_path / n for n in ("base", "adapter", "out")]
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    result = run(*args, "--json")
+    assert "merging" in result.stderr
+    assert json.loads(result.stdout)["merged"] == LAYERS
 
 
 def test_a_disk_without_the_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,16 @@ def test_options_and_a_single_file(tmp_path: Path) -> None:
     assert stored["dtype"] == "float32"
 
 
+def test_experts_that_stay_dense_are_saved_as_the_files_had_them(
+    dense: dict[str, Path], tmp_path: Path
+) -> None:
+    run(dense["mixtral"], tmp_path / "out", "--skip", "experts")
+    config = FastLoraConfig(skip_modules=["experts"])
+    load(dense["mixtral"], quantization_config=config).save_pretrained(tmp_path / "reference")
+    same_tensors(tmp_path / "out", tmp_path / "reference")
+    assert any(".experts.2." in key for key in tensors_of(tmp_path / "out"))
+
+
 def test_tied_weights_that_are_in_the_files_twice(dense: dict[str, Path], tmp_path: Path) -> None:
     for name, change in (("same", 0.0), ("other", 1.0)):
         model = load(dense["qwen2"])

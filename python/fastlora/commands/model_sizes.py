@@ -60,7 +60,10 @@ def one_layer(out_features: int, in_features: int) -> ModelSizes:
 
 def of_count(weights: int, vocab: int = 50257) -> ModelSizes:
     """A decoder of about this many weights, in GPT-3's proportions: hidden = 128 · layers, four attention
-    matrices of hidden x hidden and two of 4·hidden x hidden in a block, an embedding tied to the head."""
+    matrices of hidden x hidden and two of 4·hidden x hidden in a block, an embedding tied to the head. Raises
+    ValueError for fewer than a million."""
+    if weights < 10**6:
+        raise ValueError(f"estimate: expected a model of a million weights at least, got {weights}")
     hidden = max(128, round((128 * weights / 12) ** (1 / 3) / 128) * 128)
     layers = max(1, round((weights - vocab * hidden) / (12 * hidden**2)))
     linears = {f"{name}_proj": (hidden, hidden) for name in "qkvo"}

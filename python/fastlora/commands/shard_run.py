@@ -42,8 +42,8 @@ class ShardRun:
         done: by shard, {"tensors": {key: bytes}, "note": ...} of those that are written.
         resumed: how many of them an earlier run wrote.
 
-    Used as a context. Leaving it by ValueError or TypeError, which is for input that cannot be had a result
-    from, removes what was written; by anything else, it stays and can be resumed.
+    Used as a context. Leaving it by ValueError or TypeError, which is for input that gives no result, removes
+    what was written; by anything else, that stays and can be resumed.
 
     Raises FileExistsError for a folder that is there and is not this run's, OSError for one that another
     process writes and for a disk without the space.
@@ -139,8 +139,10 @@ class ShardRun:
         assert self._lock is not None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of a process: a kill lets it go
-        except OSError:
+        except BlockingIOError:
             raise OSError(f"expected {self.folder} to be free, got one that another process writes") from None
+        except OSError:
+            pass  # a file system without locks on folders
 
     def _note(self) -> None:
         self._text(PROGRESS, json_text({"what": self.what, "done": self.done}))

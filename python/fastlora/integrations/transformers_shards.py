@@ -155,7 +155,7 @@ class _Prepared(Exception):
 
 
 def _prepare(folder: str, config: FastLoraConfig) -> _Prepared:
-    made_for = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    made_for = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     names = getattr(made_for, "architectures", None) or []
     cls = getattr(transformers, names[0], None) if names else None
     if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
