@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 import signal
 import subprocess
@@ -366,27 +365,27 @@ for i in range(first, 8):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no SIGKILL")
 @pytest.mark.parametrize("make", BOTH)
-def test_a_killed_run_resumes(make, tmp_path: Path) -> None:
+def test_a_killed_run_resumes(make, tmp_path: Path, monkeypatch, capsys, keep_threads: None) -> None:
     states = tmp_path / "states"
     states.mkdir()
 
-    def run(kill_at: int, folder: Path) -> tuple[int, list[str]]:
-        folder.mkdir(exist_ok=True)
-        command = [sys.executable, "-c", RUN, make.__name__, str(states), str(kill_at), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(os.environ))
-        assert done.returncode in (0, -signal.SIGKILL), done.stderr
-        assert not list(states.iterdir())
-        return done.returncode, done.stdout.split("\n")[:-1]
+    def arguments(kill_at: int, folder: str) -> list[str]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        return [make.__name__, str(states), str(kill_at), str(tmp_path / folder)]
 
-    code, want = run(-1, tmp_path / "straight")
-    assert code == 0
+    def run(folder: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["-c", *arguments(-1, folder)])
+        exec(compile(RUN, "RUN", "exec"), {})
+        return capsys.readouterr().out.splitlines()
+
+    want = run("straight")
     assert len(want) == 8
-    code, begun = run(4, tmp_path / "killed")
-    assert code == -signal.SIGKILL
-    assert begun == want[:5]
-    code, resumed = run(-1, tmp_path / "killed")
-    assert code == 0
-    assert resumed == want[3:]
+    command = [sys.executable, "-c", RUN, *arguments(4, "killed")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert done.stdout.splitlines() == want[:5]
+    assert not list(states.iterdir())
+    assert run("killed") == want[3:]
 
 
 # --- several processes ------------------------------------------------------------------------------------

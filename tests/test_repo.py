@@ -44,7 +44,8 @@ def test_every_op_is_on_the_map() -> None:
     bindings = "".join(
         text_of(f"csrc/{name}.cpp") for name in ("bindings", "bindings_adamw", "bindings_segmented")
     )
-    ops = set(re.findall(r'm\.def\("(nf4_\w+|lora_\w+|segmented_\w+|adamw\w*)"', bindings)) - {"nf4_double_quantize"}
+    pattern = r'm\.def\("(nf4_\w+|lora_\w+|segmented_\w+|adamw\w*)"'
+    ops = set(re.findall(pattern, bindings)) - {"nf4_double_quantize"}
     missing = [op for op in ops if f"`{op}`" not in text_of("csrc/README.md")]
     assert not missing
 
