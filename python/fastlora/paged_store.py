@@ -22,8 +22,6 @@ from typing import cast
 import torch
 from torch import Tensor
 
-_MADV_COLD = 20  # of Linux 5.4; Python's mmap does not have it
-
 
 class PagedStore:
     """Makes tensors that lie in mapped files.
@@ -31,8 +29,9 @@ class PagedStore:
     ``directory`` (the system's folder for temporary files) must lie on a disk for pages to leave memory: a
     tmpfs is memory, and its pages leave only for swap space. ``resident_bytes`` bounds what this process has
     mapped of its tensors between uses: those used longest ago are unmapped first, and the system may drop
-    them without looking for them. None leaves the choice to the system, which is told after each use that
-    these pages may go before others. On systems without ``madvise`` there are no hints and no bound.
+    them without looking for them. None leaves the choice to the system: telling it after each use that these
+    pages may go first (MADV_COLD) takes as long as a step. On systems without ``madvise`` there are no hints and
+    no bound.
 
     Raises ValueError for a directory that is not there, or a bound that is no positive number.
     """
@@ -81,8 +80,6 @@ class PagedStore:
             address = t.data_ptr()
             self._total += t.nbytes - self._mapped.pop(address, 0)
             self._mapped[address] = t.nbytes
-            if self.resident_bytes is None:
-                _advise(t, _MADV_COLD)
         while self.resident_bytes is not None and self._total > self.resident_bytes:
             oldest = next(iter(self._mapped))
             self._total -= self._mapped.pop(oldest)
