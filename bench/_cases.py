@@ -23,6 +23,7 @@ from suites import (
     backward,
     linear,
     memory,
+    optimizer,
     overhead,
     quantize,
     segmented,
@@ -39,6 +40,7 @@ SUITES = {
     "train": train,
     "segmented": segmented,
     "trainers": trainers,
+    "optimizer": optimizer,
     "memory": memory,
 }
 

@@ -7,7 +7,17 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-SUITES = ("quantize", "linear", "backward", "train", "segmented", "trainers", "memory", "overhead")
+SUITES = (
+    "quantize",
+    "linear",
+    "backward",
+    "train",
+    "segmented",
+    "trainers",
+    "optimizer",
+    "memory",
+    "overhead",
+)
 DTYPES = ("float32", "bfloat16", "float16")
 ROUTES = ("decode", "tile", "warpgroup", "dense")  # of fastlora's CUDA kernels
 LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated")

@@ -119,6 +119,10 @@ TARGETS = (
         "linear", "forward", SPEED, 2.0, 3.0, DENSE, (1,), level="avx2",
     ),
     *_model(),
+    Target(
+        "AdamW step, float32, over torch's default AdamW",
+        "optimizer", "AdamW step", SPEED, 2.0, None, "torch AdamW", dtype="float32",
+    ),
     Target("call of a 64 x 64 layer, inference", "overhead", "call", MICROSECONDS, 8, 5, ours="QLinear"),
     Target("scratch memory a thread, any shape", "memory", "scratch a thread", MIB, 4),
     Target("error of forward, over dequantise + dense", "linear", "forward", WORST_ERROR, 1.0),

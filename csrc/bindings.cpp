@@ -119,6 +119,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("nf4_linear_grad_input", &bind_nf4_linear_grad_input, unlocked);
   m.def("lora_dropout", &bind_lora_dropout, unlocked);
   bind_segmented_lora(m);
+  bind_adamw(m);
   if (add_nf4_linear_direct(m.ptr()) != 0) throw py::error_already_set();
   m.def("best_isa", [] { return static_cast<int32_t>(best_isa()); });
   m.def("isa_available", [](int32_t isa) { return isa_available(static_cast<Isa>(isa)); });

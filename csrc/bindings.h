@@ -24,6 +24,9 @@ inline Nf4Weight weight_at(uintptr_t packed, uintptr_t scales, uintptr_t nested,
 // For the module _C: the entry points of segmented_lora.h.
 void bind_segmented_lora(pybind11::module_& m);
 
+// For the module _C: the entry points of adamw.h.
+void bind_adamw(pybind11::module_& m);
+
 // For the module _C of a build with CUDA and for the emulator's: the entry points of cuda.h; addresses, sizes and
 // a stream in, a status (or a size) out.
 void bind_cuda(pybind11::module_& m);

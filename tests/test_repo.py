@@ -41,8 +41,11 @@ def test_the_map_names_every_source_and_nothing_else() -> None:
 
 
 def test_every_op_is_on_the_map() -> None:
-    bindings = text_of("csrc/bindings.cpp") + text_of("csrc/bindings_segmented.cpp")
-    ops = set(re.findall(r'm\.def\("(nf4_\w+|lora_\w+|segmented_\w+)"', bindings)) - {"nf4_double_quantize"}
+    bindings = "".join(
+        text_of(f"csrc/{name}.cpp") for name in ("bindings", "bindings_adamw", "bindings_segmented")
+    )
+    pattern = r'm\.def\("(nf4_\w+|lora_\w+|segmented_\w+|adamw\w*)"'
+    ops = set(re.findall(pattern, bindings)) - {"nf4_double_quantize"}
     missing = [op for op in ops if f"`{op}`" not in text_of("csrc/README.md")]
     assert not missing
 
@@ -76,7 +79,7 @@ def test_pins_agree() -> None:
 
 def test_the_type_stub_matches_the_module() -> None:
     stub = set(re.findall(r"^def (\w+)", text_of("python/fastlora/_C.pyi"), re.MULTILINE))
-    files = ("bindings", "bindings_segmented", "nf4_linear_direct")
+    files = ("bindings", "bindings_adamw", "bindings_segmented", "nf4_linear_direct")
     sources = "".join(text_of(f"csrc/{name}.cpp") for name in files)
     assert stub == set(re.findall(r'(?:m\.def\(|^    {)"(\w+)"', sources, re.MULTILINE))
 

@@ -15,7 +15,17 @@ from _results import OURS, Row
 from _timing import AnyClock, Effort, Times, interleaved
 from peers import Peer
 
-NAMES = ("quantize", "linear", "backward", "train", "segmented", "trainers", "memory", "overhead")
+NAMES = (
+    "quantize",
+    "linear",
+    "backward",
+    "train",
+    "segmented",
+    "trainers",
+    "optimizer",
+    "memory",
+    "overhead",
+)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ struct Level {
   int64_t decode_rows_float, decode_rows_half, decode_rows_bfloat;
   Status (*grad_input)(const Nf4LinearGradInputArgs&);
   Status (*grad_input_bf16)(const Nf4LinearGradInputArgs&);
+  Status (*adamw)(const AdamwArgs&);
+  Status (*adamw_8bit)(const Adamw8bitArgs&);
 
   int64_t decode_rows(DType dtype) const {
     return dtype == DType::kFloat32   ? decode_rows_float
@@ -30,18 +32,20 @@ struct Level {
 // decode_rows were measured; the figures are in docs/cpu_kernels.md, "Where the routes cross".
 constexpr Level kLevels[kIsaCount] = {
     {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_scalar, nf4_linear_scalar, nullptr, 0, 0, 0,
-     nf4_linear_grad_input_scalar, nf4_linear_grad_input_scalar},
+     nf4_linear_grad_input_scalar, nf4_linear_grad_input_scalar, adamw_scalar, adamw_8bit_scalar},
 #ifdef FASTLORA_X86
     {nf4_quantize_avx2, nf4_dequantize_avx2, nf4_linear_avx2, nf4_linear_avx2, nf4_linear_decode_avx2, 8, 12, 12,
-     nf4_linear_grad_input_avx2, nf4_linear_grad_input_avx2},
+     nf4_linear_grad_input_avx2, nf4_linear_grad_input_avx2, adamw_avx2, adamw_8bit_avx2},
     {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_avx512, nf4_linear_decode_avx512,
-     12, 12, 12, nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512},
+     12, 12, 12, nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512, adamw_avx512, adamw_8bit_avx512},
     {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_avx512_bf16,
-     nf4_linear_decode_avx512, 12, 10, 10, nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512_bf16},
+     nf4_linear_decode_avx512, 12, 10, 10, nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512_bf16,
+     adamw_avx512, adamw_8bit_avx512},
     {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_amx, nf4_linear_decode_avx512, 12,
-     8, 4, nf4_linear_grad_input_avx512, nf4_linear_grad_input_amx},
+     8, 4, nf4_linear_grad_input_avx512, nf4_linear_grad_input_amx, adamw_avx512, adamw_8bit_avx512},
     {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_amx_emulated,
-     nf4_linear_decode_avx512, 12, 8, 4, nf4_linear_grad_input_avx512, nf4_linear_grad_input_amx_emulated},
+     nf4_linear_decode_avx512, 12, 8, 4, nf4_linear_grad_input_avx512, nf4_linear_grad_input_amx_emulated,
+     adamw_avx512, adamw_8bit_avx512},
 #endif
 };
 
@@ -65,6 +69,8 @@ int32_t useful_threads(int32_t threads, int64_t m, const Nf4Weight& w, int64_t r
   const double most = work / static_cast<double>(kWorkPerThread) + 1.0;
   return most < static_cast<double>(threads) ? static_cast<int32_t>(most) : threads;
 }
+
+bool valid_dtype(DType d) { return static_cast<int32_t>(d) >= 0 && static_cast<int32_t>(d) <= 2; }
 
 bool valid_weight(const Nf4Weight& w) { return w.n >= 0 && w.k >= 0 && valid_blocksize(w.blocksize); }
 
@@ -114,6 +120,20 @@ Status nf4_linear_grad_input(const Nf4LinearGradInputArgs& args, Isa isa) {
   Nf4LinearGradInputArgs a = args;
   a.threads = useful_threads(args.threads, args.m, args.weight, args.r);
   return a.dtype == DType::kBFloat16 ? level->grad_input_bf16(a) : level->grad_input(a);
+}
+
+Status adamw(const AdamwArgs& args, Isa isa) {
+  const Level* level = level_of(isa);
+  if (level == nullptr) return Status::kUnsupportedLevel;
+  if (args.count < 0 || !valid_dtype(args.dtype) || !valid_dtype(args.grad_dtype)) return Status::kBadArgument;
+  return level->adamw(args);
+}
+
+Status adamw_8bit(const Adamw8bitArgs& args, Isa isa) {
+  const Level* level = level_of(isa);
+  if (level == nullptr) return Status::kUnsupportedLevel;
+  if (args.count < 0 || !valid_dtype(args.dtype) || !valid_dtype(args.grad_dtype)) return Status::kBadArgument;
+  return level->adamw_8bit(args);
 }
 
 }  // namespace fastlora

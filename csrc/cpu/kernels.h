@@ -1,6 +1,7 @@
 // Every kernel at every level, by name; dispatch.cpp is the only caller.
 #pragma once
 
+#include "fastlora/adamw.h"
 #include "fastlora/nf4.h"
 #include "fastlora/nf4_linear.h"
 
@@ -32,6 +33,14 @@ Status nf4_linear_grad_input_avx512(const Nf4LinearGradInputArgs& args);
 Status nf4_linear_grad_input_avx512_bf16(const Nf4LinearGradInputArgs& args);
 Status nf4_linear_grad_input_amx(const Nf4LinearGradInputArgs& args);
 Status nf4_linear_grad_input_amx_emulated(const Nf4LinearGradInputArgs& args);
+
+Status adamw_scalar(const AdamwArgs& args);
+Status adamw_avx2(const AdamwArgs& args);
+Status adamw_avx512(const AdamwArgs& args);
+
+Status adamw_8bit_scalar(const Adamw8bitArgs& args);
+Status adamw_8bit_avx2(const Adamw8bitArgs& args);
+Status adamw_8bit_avx512(const Adamw8bitArgs& args);
 
 // Whether nf4_linear takes the kernel for a few rows.
 bool takes_decode(Isa isa, DType dtype, int64_t m, const Nf4Weight& weight);

@@ -321,6 +321,7 @@ int main() {
   test_linear();
   test_segmented();
   test_lora_dropout();
+  test_adamw();
   test_concurrency();
   test_scratch();
   test_refusals();

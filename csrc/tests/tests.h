@@ -15,6 +15,7 @@ void test_format();        // quantise, double-quantise, dequantise
 void test_linear();        // nf4_linear, nf4_linear_grad_input
 void test_segmented();     // many adapters in one batch
 void test_lora_dropout();  // lora_dropout
+void test_adamw();         // adamw, adamw_8bit
 void test_concurrency();   // two threads at once
 void test_scratch();       // the bound on a thread's scratch memory
 void test_refusals();      // statuses for what the callers should have refused

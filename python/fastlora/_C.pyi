@@ -190,6 +190,47 @@ def nf4_multi_lora_grad_input(
     isa: int,
     /,
 ) -> int: ...
+def adamw(
+    param: int,
+    grad: int,
+    exp_avg: int,
+    exp_avg_sq: int,
+    count: int,
+    dtype: int,
+    grad_dtype: int,
+    decay: float,
+    weight1: float,
+    beta2: float,
+    weight2: float,
+    correction2: float,
+    eps: float,
+    minus_step: float,
+    threads: int,
+    isa: int,
+    /,
+) -> int: ...
+def adamw_8bit(
+    param: int,
+    grad: int,
+    exp_avg: int,
+    exp_avg_sq: int,
+    exp_avg_scale: int,
+    exp_avg_sq_scale: int,
+    count: int,
+    dtype: int,
+    grad_dtype: int,
+    decay: float,
+    weight1: float,
+    beta2: float,
+    weight2: float,
+    correction2: float,
+    eps: float,
+    minus_step: float,
+    threads: int,
+    isa: int,
+    /,
+) -> int: ...
+def unsigned_dynamic_map(out: int, /) -> None: ...
 def best_isa() -> int: ...
 def isa_available(isa: int, /) -> bool: ...
 def isa_name(isa: int, /) -> str: ...

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from . import ops_segmented  # noqa: F401 (registers its ops)
+from . import ops_adamw, ops_segmented  # noqa: F401 (register their ops)
 from ._C import __version__
 from .adapter_files import load_adapter, save_adapter
 from .adapter_table import AdapterTable
@@ -20,6 +20,7 @@ from .linear import QLinear
 from .model_adapters import adapters
 from .multi_autograd import nf4_multi_lora_linear, segmented_lora
 from .nf4 import NF4Weight, quantize_nf4
+from .optim import PagedAdamW, PagedAdamW8bit
 from .routing import Routing, route
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ __all__ = [
     "AdapterTable",
     "ConversionReport",
     "NF4Weight",
+    "PagedAdamW",
+    "PagedAdamW8bit",
     "QExperts",
     "QLinear",
     "Routing",

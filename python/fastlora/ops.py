@@ -68,7 +68,7 @@ def define(
     op = schema.split("(", 1)[0]
 
     def pack(out: list[Any]) -> Any:
-        return out[0] if len(out) == 1 else tuple(out)
+        return out[0] if len(out) == 1 else tuple(out) or None
 
     def make(what: Output | list[Output], empty: Callable[..., Tensor]) -> Tensor | list[Tensor]:
         if isinstance(what, list):

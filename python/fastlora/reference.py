@@ -86,6 +86,16 @@ def dynamic_map() -> Tensor:
     return torch.cat((-side, torch.tensor([0.0]), side, torch.tensor([1.0]))).sort().values
 
 
+def unsigned_dynamic_map() -> Tensor:
+    """The same without negative values, and twice as fine: decade i has 2^(i + 1) values."""
+    positive = []
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1.0, 2 ** (decade + 1) + 1, dtype=torch.float32)
+        centres = (edges[:-1] + edges[1:]) / 2
+        positive.append(centres * torch.tensor(10.0 ** (decade - 6), dtype=torch.float32))
+    return torch.cat((torch.tensor([0.0]), *positive, torch.tensor([1.0])))
+
+
 def nf4_double_quantize(absmax: Tensor) -> tuple[Tensor, Tensor]:
     """absmax (blocks,) float32 to codes (blocks,) uint8 and nested (1 + ceil(blocks / 256),) float32.
 
@@ -299,3 +309,50 @@ def nf4_multi_lora_grad_input(
     """dy·W with segmented_lora_grad_input's term, and v."""
     dx, _ = nf4_linear_grad_input(dy, weight)
     return segmented_lora_grad_input(dy, a, b, entries, scaling, order, segments, widths, dx)
+
+
+# --- optimisers -------------------------------------------------------------------------------------------
+
+
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    step: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The parameter and both moments after step `step` (from 1), in float64 (Loshchilov, Hutter, 2019)."""
+    p, g = param.double(), grad.double()
+    m = betas[0] * exp_avg.double() + (1 - betas[0]) * g
+    v = betas[1] * exp_avg_sq.double() + (1 - betas[1]) * g * g
+    corrected1, corrected2 = m / (1 - betas[0] ** step), v / (1 - betas[1] ** step)
+    return p * (1 - lr * weight_decay) - lr * corrected1 / (corrected2.sqrt() + eps), m, v
+
+
+def encode_moment(moment: Tensor, signed: bool) -> tuple[Tensor, Tensor]:
+    """Codes (moment.shape) uint8 and scales (ceil(numel / 256),) of a float32 moment, block by block.
+
+    The scale is the largest magnitude, from 1e-38 up, or 0; the code the nearest entry of the map to
+    moment * (1 / scale), a tie to the lower one. Without a sign nothing but 0 becomes 0: a second moment that
+    vanished beside a first one that did not would divide that one by eps.
+    """
+    blocks = _in_blocks(moment.reshape(-1), NESTED_BLOCKSIZE)
+    largest = blocks.abs().amax(dim=1) if len(blocks) else blocks.new_empty(0)
+    scale = torch.where(largest > 0, largest.clamp(min=TINY), 0.0)
+    scaled = blocks * torch.where(scale > 0, 1.0 / scale, 0.0)[:, None]
+    entries = (dynamic_map() if signed else unsigned_dynamic_map()).double()
+    codes = torch.bucketize(scaled.double(), (entries[:-1] + entries[1:]) / 2, right=False)
+    if not signed:
+        codes = torch.where(scaled > 0, codes.clamp(min=1), codes)
+    return codes.reshape(-1)[: moment.numel()].reshape(moment.shape).to(torch.uint8), scale
+
+
+def decode_moment(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
+    """map[code] * scale, float32, codes' shape."""
+    entries = dynamic_map() if signed else unsigned_dynamic_map()
+    values = _in_blocks(entries[codes.reshape(-1).long()], NESTED_BLOCKSIZE) * scale[:, None]
+    return values.reshape(-1)[: codes.numel()].reshape(codes.shape)
