@@ -222,6 +222,16 @@ def test_copies_and_state_dicts():
     assert layer.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
 
 
+def test_autocast_leaves_the_norm_in_float32():
+    layer = trained()
+    with torch.no_grad():
+        layer.lora_B.mul_(30)
+    want = layer.row_norms()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.row_norms(), want)
+        assert layer(torch.randn(2, K)).dtype == torch.bfloat16
+
+
 def test_compile():
     layer = trained()
     x = torch.randn(3, K)

@@ -79,7 +79,23 @@ def dropout_args() -> dict:
     return {"x": torch.randn(5, 7), "seed": torch.tensor(3), "p": 0.25}
 
 
+ADAMW_NUMBERS = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "step": 3}
+
+
+def adamw_args() -> dict:
+    names = ("param", "grad", "exp_avg", "exp_avg_sq")
+    return {name: torch.rand(5, 123) for name in names} | ADAMW_NUMBERS
+
+
+def adamw_8bit_args() -> dict:
+    codes = {name: torch.full((5, 123), 200, dtype=torch.uint8) for name in ("exp_avg", "exp_avg_sq")}
+    scales = {name: torch.rand(3) for name in ("exp_avg_scale", "exp_avg_sq_scale")}
+    return {"param": torch.rand(5, 123), "grad": torch.rand(5, 123)} | codes | scales | ADAMW_NUMBERS
+
+
 ARGS = {
+    "adamw": adamw_args,
+    "adamw_8bit": adamw_8bit_args,
     "nf4_quantize": quantize_args,
     "nf4_dequantize": dequantize_args,
     "nf4_decode_absmax": decode_absmax_args,

@@ -46,6 +46,7 @@ def convert(
     layer_class: type[QLinear] = QLinear,
     expert_rank: int | None = None,
     progress: bool = True,
+    **kind: Any,
 ) -> ConversionReport:
     """Replace dense linear layers of `model` by QLinear, and stacked experts (mixture-of-experts layers of
     transformers 5) by :class:`QExperts`, in place, and freeze everything but the adapters.
@@ -62,6 +63,7 @@ def convert(
         expert_rank: that of each single expert, by default `rank`; 0 leaves the experts without adapters,
             which are most of a model's where there are many experts.
         progress: show a progress bar.
+        kind: what `layer_class` takes besides, as ``group_size=64``.
 
     Layers go one at a time and each dense weight is let go at once, so no more than the dense model and one
     packed layer are in memory together (less where the dense weights are mapped from a file).
@@ -110,7 +112,9 @@ def convert(
                 try:
                     if isinstance(dense, nn.Linear):
                         again = first is not None and initialisation.reads_weight(init)
-                        layer = layer_class.from_linear(dense, **options, init="default" if again else init)
+                        layer = layer_class.from_linear(
+                            dense, **options, **kind, init="default" if again else init
+                        )
                     else:
                         layer = stacked.from_module(dense, **options | {"rank": expert_rank})
                 except ValueError as error:

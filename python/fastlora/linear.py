@@ -117,6 +117,7 @@ class QLinear(NamedAdapters, nn.Linear):
         device: torch.device | str | int | None = None,
         adapter_dtype: torch.dtype | None = None,
         init: str = "default",
+        **kind: Any,
     ) -> QLinear:
         """Quantise a dense layer. Arguments as for the class; dtype and device default to the layer's own.
 
@@ -125,6 +126,8 @@ class QLinear(NamedAdapters, nn.Linear):
         ``"loftq_niter_N"``, N alternations, which change the base too; ``"pissa"``, with the principal part
         of the weight, which is taken out of the base, or ``"pissa_niter_N"``, faster and approximate. A base
         that was changed has to be saved with the adapter (`methods/loftq.py`, `methods/pissa.py`).
+
+        kind: what a class derived from QLinear takes besides.
 
         The bias is copied: nothing of `linear` changes and nothing is shared with it. Raises TypeError if it
         is not a `torch.nn.Linear` with a floating matrix for a weight, ValueError if that holds NaN or Inf,
@@ -153,6 +156,7 @@ class QLinear(NamedAdapters, nn.Linear):
             dtype=dense.dtype if dtype is None else dtype,
             device="meta",
             adapter_dtype=adapter_dtype,
+            **kind,
         )
         target = torch.device(dense.device if device is None else device)
         if target.type != "meta":

@@ -20,6 +20,7 @@ Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024; the constant no
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -60,7 +61,8 @@ def row_norms(weight: Packed, squares: Tensor, lora_a: Tensor, lora_b: Tensor, s
     a, b = lora_a.float(), lora_b.float()
     with_a = torch.ops.fastlora.nf4_linear(a, *weight, None, None, None, 0.0)  # A·Wᵀ (r, n)
     cross = (b * with_a.t()).sum(1)
-    change = ((b @ (a @ a.t())) * b).sum(1)
+    with nullcontext() if a.is_meta else torch.autocast(a.device.type, enabled=False):
+        change = ((b @ (a @ a.t())) * b).sum(1)
     squared = squares + 2 * scaling * cross + scaling**2 * change
     return squared.clamp(min=torch.finfo(torch.float32).tiny).sqrt()  # an empty row has magnitude 0, not NaN
 
