@@ -86,12 +86,6 @@ class PagedStore:
             # Of a shared mapping nothing is lost: its pages, written or not, are the file's.
             _advise(self._owned[oldest], mmap.MADV_DONTNEED)
 
-    def clear(self) -> None:
-        """Let go of all tensors: who still has one keeps it, without hints."""
-        self._owned.clear()
-        self._mapped.clear()
-        self._total = 0
-
 
 def _reserve(descriptor: int, size: int) -> None:
     reserve: Callable[[int, int, int], None] | None = getattr(os, "posix_fallocate", None)
