@@ -148,7 +148,7 @@ def test_meta_tensors_give_the_shapes_of_real_ones(name: str) -> None:
         return value.to("meta") if isinstance(value, Tensor) else value
 
     fake = getattr(op, name)(*map(on_meta, args.values()))
-    real, fake = (tree_leaves(outputs) for outputs in (real, fake))
+    real, fake = ([t for t in tree_leaves(out) if t is not None] for out in (real, fake))
     for have, want in zip(fake, real, strict=True):
         assert (have.device.type, have.shape, have.dtype, have.stride()) == (
             "meta", want.shape, want.dtype, want.stride(),
