@@ -9,11 +9,14 @@ _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16:
 
 
 def assert_same_bits(got, want, what):
-    """Equal shape, dtype and bits (0.0 is not -0.0); the first mismatch is named by its coordinate."""
+    """Equal shape, dtype and bits (0.0 is not -0.0, but any NaN is any NaN: which bits it has is the
+    processor's affair); the first mismatch is named by its coordinate."""
     assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     assert got.dtype == want.dtype, f"{what}: dtype {got.dtype}, expected {want.dtype}"
     view = _BITS.get(got.dtype, got.dtype)
     differ = got.contiguous().view(view) != want.contiguous().view(view)
+    if got.is_floating_point():
+        differ &= ~(got.isnan() & want.isnan())
     if differ.any():
         where = tuple(differ.nonzero()[0].tolist())
         raise AssertionError(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from bits import DTYPES, assert_same_bits, hard_weight, midpoints
 from bitsandbytes import functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -84,6 +84,9 @@ def test_same_codes_and_absmax(format_isa, blocksize, dtype):
     exponent=st.integers(-37, 37),
     seed=st.integers(0, 2**31),
 )
+@example(
+    shape=[18, 25], dtype=torch.bfloat16, blocksize=32, nested=True, exponent=37, seed=0
+)  # the scales' mean overflows, here and there: all is NaN
 def test_any_weight_both_ways(shape, dtype, blocksize, nested, exponent, seed):
     """Theirs quantised, read by us: the dequantised bits by definition. Written back: the same file."""
     scale = 10.0 ** (exponent / 10 if dtype == torch.float16 else exponent)
