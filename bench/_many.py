@@ -284,7 +284,7 @@ class Stack(Contender):
         super().__init__(layers[0].name, layers[0].batch)
 
     def build(self) -> None:
-        self.batch = self.layers[0].batch
+        """The layers are."""
 
     def forward(self) -> Tensor:
         first, *_ = [one.forward() for one in self.layers]

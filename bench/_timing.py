@@ -7,7 +7,7 @@ device's.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -130,18 +130,21 @@ class _Watch:
 def interleaved(
     calls: list[Callable[[], object]], effort: Effort, clock: AnyClock, first: list[float]
 ) -> list[Times]:
-    """Times every call in turns. first: the seconds of a call of each.
-
-    A slow contender has fewer rounds than a fast one, spread evenly over the fast one's.
-    """
+    """Times every call in turns. first: the seconds of a call of each."""
     watches = [clock.watch(call, seconds) for call, seconds in zip(calls, first, strict=True)]
-    rounds = [effort.rounds(watch.expected) for watch in watches]
+    for i in turns([effort.rounds(watch.expected) for watch in watches]):
+        watches[i].sample()
+    return [percentiles(watch.times()) for watch in watches]
+
+
+def turns(rounds: Sequence[int]) -> Iterator[int]:
+    """Whose turn it is, again and again: A B C A B C. Who has fewer rounds has them spread evenly over the
+    others'."""
     total = max(rounds, default=0)
     for turn in range(total):
-        for watch, share in zip(watches, rounds, strict=True):
+        for i, share in enumerate(rounds):
             if (turn + 1) * share // total > turn * share // total:
-                watch.sample()
-    return [percentiles(watch.times()) for watch in watches]
+                yield i
 
 
 def percentiles(times: list[float]) -> Times:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import _options
 import _routes
 import peers
 from _device import Device, Pace
@@ -15,24 +16,12 @@ from _results import OURS, Row
 from _timing import AnyClock, Effort, Times, interleaved
 from peers import Peer
 
-NAMES = (
-    "quantize",
-    "linear",
-    "backward",
-    "train",
-    "segmented",
-    "trainers",
-    "optimizer",
-    "memory",
-    "overhead",
-)
-
 
 @dataclass(frozen=True)
 class Plan:
     """What was asked for; None where the default selection applies, which each suite makes for itself."""
 
-    suites: tuple[str, ...] = NAMES
+    suites: tuple[str, ...] = _options.SUITES
     shapes: tuple[tuple[int, int], ...] | None = None
     rows: tuple[int, ...] | None = None
     ranks: tuple[int, ...] = (16,)
@@ -163,6 +152,30 @@ class Context:
             weight_mib=peer.weight_bytes() / 2**20,
             route=self.route(peer, case),
         )
+
+    def memory_row(self, case: Case, peer: Peer, size: float, weight_bytes: int | None = None) -> Row:
+        """A row of bytes instead of times."""
+        return Row(
+            **case.labels(),
+            level=self.level,
+            threads=self.threads,
+            cache="",
+            peer=peer.name,
+            route=self.route(peer, case),
+            weight_mib=None if weight_bytes is None else weight_bytes / 2**20,
+            mib=size / 2**20,
+        )
+
+    def peaks(self, case: Case, calls: Iterable[tuple[Peer, Callable[[], Any]]]) -> list[Row]:
+        """How far each call's memory grows, after a first call of it."""
+        rows = []
+        for peer, call in calls:
+            grown = self.device.peak_growth(call)
+            if grown is None:
+                self.absent[case.op] = "this system does not reset a process's peak (/proc/self/clear_refs)"
+                break
+            rows.append(self.memory_row(case, peer, grown, peer.weight_bytes()))
+        return rows
 
 
 @dataclass(frozen=True)

@@ -67,22 +67,9 @@ def cases(plan: Plan) -> list[Case]:
     return found
 
 
-def _row(case: Case, context: Context, peer: Peer, size: float, weight_bytes: int | None = None) -> Row:
-    return Row(
-        **case.labels(),
-        level=context.level,
-        threads=context.threads,
-        cache="",
-        peer=peer.name,
-        route=context.route(peer, case),
-        weight_mib=None if weight_bytes is None else weight_bytes / 2**20,
-        mib=size / 2**20,
-    )
-
-
 def weight(case: Case, context: Context, problem: Problem) -> list[Row]:
     contenders = context.peers(case, "forward", problem)
-    return [_row(case, context, p, p.weight_bytes(), p.weight_bytes()) for p in contenders]
+    return [context.memory_row(case, p, p.weight_bytes(), p.weight_bytes()) for p in contenders]
 
 
 def scratch(case: Case, context: Context, problem: Problem) -> list[Row]:
@@ -93,7 +80,7 @@ def scratch(case: Case, context: Context, problem: Problem) -> list[Row]:
         forward = partial(peer.forward, problem.activation(case.m))
         backward = partial(peer.grad_input, problem.gradient(case.m))
         held = max(in_fresh_thread(call, context.threads) for call in (forward, backward))
-        rows.append(_row(case, context, peer, held))
+        rows.append(context.memory_row(case, peer, held))
     return rows
 
 
@@ -109,7 +96,7 @@ def scratch_of_call(case: Case, context: Context, problem: Problem) -> list[Row]
         for call, width in calls:
             result = case.m * width * problem.kind.itemsize
             held = max(held, (context.device.peak_growth(call) or 0) - result)
-        rows.append(_row(case, context, peer, held))
+        rows.append(context.memory_row(case, peer, held))
     return rows
 
 
@@ -133,14 +120,7 @@ def peak(case: Case, context: Context, problem: Problem) -> list[Row]:
     able = [peer for peer in context.peers(case, "step", problem) if peer.has_adapter]
     x, dy = problem.activation(case.m).requires_grad_(), problem.gradient(case.m)
     contenders, _, _ = context.attempt(case, able, lambda peer: partial(_step, peer, x, dy))
-    rows = []
-    for peer in contenders:
-        grown = context.device.peak_growth(partial(_step, peer, x, dy))
-        if grown is None:
-            context.absent[PEAK] = "this system does not reset a process's peak (/proc/self/clear_refs)"
-            return rows
-        rows.append(_row(case, context, peer, grown, peer.weight_bytes()))
-    return rows
+    return context.peaks(case, ((peer, partial(_step, peer, x, dy)) for peer in contenders))
 
 
 def _step(peer: Peer, x: torch.Tensor, dy: torch.Tensor) -> None:

@@ -100,21 +100,4 @@ def step(case: Case, context: Context, problem: Problem) -> list[Row]:
 
 
 def peak(case: Case, context: Context, problem: Problem) -> list[Row]:
-    rows = []
-    for one in steppers(case, context):
-        grown = context.device.peak_growth(one.step)
-        if grown is None:
-            context.absent[PEAK] = "this system does not reset a process's peak (/proc/self/clear_refs)"
-            return rows
-        rows.append(
-            Row(
-                **case.labels(),
-                level=context.level,
-                threads=context.threads,
-                cache="",
-                peer=one.name,
-                weight_mib=one.weight_bytes() / 2**20,
-                mib=grown / 2**20,
-            )
-        )
-    return rows
+    return context.peaks(case, ((one, one.step) for one in steppers(case, context)))

@@ -11,7 +11,7 @@ from typing import Any
 import peers
 from _problem import Errors, Problem
 from _results import OURS, Row
-from _timing import Effort, percentiles
+from _timing import Effort, percentiles, turns
 from _trainers import (
     EXACT_BNB,
     EXACT_DENSE,
@@ -84,8 +84,8 @@ def run(case: Case, context: Context, problem: Problem, *, quick: bool, tokens: 
     command = WORKS[case.op][1]
     asked, first = _able(context, [one for one in contenders if one.name in case.peers], command)
     if case.op in (STEP_PEAK, TOKEN_PEAK):
-        sizes_of = zip(asked, first, strict=True)
-        return [_memory_row(case, context, one, size) for one, (_, size) in sizes_of if size is not None]
+        grown = [(one, size) for one, (_, size) in zip(asked, first, strict=True) if size is not None]
+        return [context.memory_row(case, one, size, one.weight_bytes()) for one, size in grown]
     effort = context.effort if quick else EFFORT
     rows = []
     for one, times in zip(asked, _in_turns(asked, command, effort, first), strict=True):
@@ -176,21 +176,6 @@ def _in_turns(
     """The seconds of every one's calls, A B C A B C ..., by its own clock, the first ones left out."""
     rounds = [effort.rounds(seconds) for seconds, _ in first]
     times: list[list[float]] = [[] for _ in contenders]
-    total = max(rounds, default=0)
-    for turn in range(total):
-        for one, share, found in zip(contenders, rounds, times, strict=True):
-            if (turn + 1) * share // total > turn * share // total:
-                found.append(one.run(command)[0])
+    for i in turns(rounds):
+        times[i].append(contenders[i].run(command)[0])
     return times
-
-
-def _memory_row(case: Case, context: Context, one: Contender, size: float) -> Row:
-    return Row(
-        **case.labels(),
-        level=context.level,
-        threads=context.threads,
-        cache="",
-        peer=one.name,
-        weight_mib=one.weight_bytes() / 2**20,
-        mib=size / 2**20,
-    )
