@@ -30,6 +30,7 @@ from .checks import DTYPE_CODE
 from .huge_pages import prefer
 from .ops_segmented import kernel_table
 from .rank_rows import RankRows
+from .sharded import is_sharded
 
 MAX_SLICES = 8
 ROWS_A_SLOT = 16  # of a pool that is made without saying how many
@@ -281,7 +282,7 @@ class AdapterTable:
         """Take `pairs` for the parameters of the adapters of these names, with the values, dtype and device
         that they have now, and make them rows of the pools again where they are not."""
         parameters = [p for name in pairs for p in flat(pairs[name])]
-        if any(hasattr(p, "full_tensor") for p in parameters):
+        if any(map(is_sharded, parameters)):
             raise RuntimeError("AdapterTable: expected whole parameters, got sharded ones")
         kinds = {(p.dtype, p.device) for p in parameters}
         if len(kinds) > 1:

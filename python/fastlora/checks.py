@@ -88,12 +88,12 @@ def check_activation(op: str, name: str, t: Tensor, features: int, what: str) ->
         )
 
 
-def check_lora(
-    op: str, lora_a: Tensor | None, lora_b: Tensor | None, n: int, k: int, device: torch.device
-) -> int:
-    """Returns the rank (0 without adapters)."""
+def check_pair(
+    op: str, lora_a: Tensor | None, lora_b: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """Of any shapes. Returns both, or None where there is no adapter."""
     if lora_a is None and lora_b is None:
-        return 0
+        return None
     if lora_a is None or lora_b is None:
         raise ValueError(f"{op}: expected lora_a and lora_b together, got only one of them")
     check_float(op, "lora_a", lora_a)
@@ -101,6 +101,17 @@ def check_lora(
         raise TypeError(f"{op}: expected lora_b in lora_a's dtype {lora_a.dtype}, got {lora_b.dtype}")
     check_device(op, "lora_a", lora_a, device)
     check_device(op, "lora_b", lora_b, device)
+    return lora_a, lora_b
+
+
+def check_lora(
+    op: str, lora_a: Tensor | None, lora_b: Tensor | None, n: int, k: int, device: torch.device
+) -> int:
+    """Returns the rank (0 without adapters)."""
+    pair = check_pair(op, lora_a, lora_b, device)
+    if pair is None:
+        return 0
+    lora_a, lora_b = pair
     shape = lora_a.shape
     if len(shape) != 2 or shape[1] != k:
         raise ValueError(f"{op}: expected lora_a of shape (r, {k}), got {tuple(shape)}")

@@ -16,6 +16,7 @@ from .checks import (
     check_bytes,
     check_device,
     check_float,
+    check_pair,
     check_shape,
 )
 from .checks_segmented import check_dtype, segment_rows
@@ -58,15 +59,10 @@ def check_adapters(
     op: str, lora_a: Tensor | None, lora_b: Tensor | None, experts: int, n: int, k: int, device: torch.device
 ) -> int:
     """Returns the rank (0 without adapters)."""
-    if lora_a is None and lora_b is None:
+    pair = check_pair(op, lora_a, lora_b, device)
+    if pair is None:
         return 0
-    if lora_a is None or lora_b is None:
-        raise ValueError(f"{op}: expected lora_a and lora_b together, got only one of them")
-    check_float(op, "lora_a", lora_a)
-    if lora_b.dtype is not lora_a.dtype:
-        raise TypeError(f"{op}: expected lora_b in lora_a's dtype {lora_a.dtype}, got {lora_b.dtype}")
-    check_device(op, "lora_a", lora_a, device)
-    check_device(op, "lora_b", lora_b, device)
+    lora_a, lora_b = pair
     shape = tuple(lora_a.shape)
     if len(shape) != 3 or (shape[0], shape[2]) != (experts, k):
         raise ValueError(f"{op}: expected lora_a of shape ({experts}, r, {k}), got {shape}")

@@ -14,12 +14,12 @@ from tqdm.auto import tqdm
 from . import checks
 from .conversion_report import ConversionReport, ConvertedLayer, SkippedLayer
 from .experts import QExperts
+from .hooks import has_hooks
 from .integrations import experts as stacked
 from .linear import QLinear, check_arguments
 from .methods import initialisation
 
 ALL_LINEAR = "all-linear"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class NothingToConvert(ValueError):
@@ -270,7 +270,7 @@ def _unconvertible(model: nn.Module, module: nn.Module, paths: list[str]) -> str
         return f"its weight is {module.weight.dtype}, not float32, bfloat16 or float16"
     if module.weight.numel() == 0:
         return "its weight is empty"
-    if "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS):
+    if has_hooks(module):
         return "it has hooks, which a replacement would lose"
     for path in paths:
         parent = model.get_submodule(path.rpartition(".")[0])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import checks
 from .experts_autograd import Dispatch, experts_linear
+from .huge_pages import frozen_bytes
 from .linear import check_arguments
 from .nf4 import NF4Weight, quantize_nf4
 
@@ -108,9 +109,7 @@ class QExperts(nn.Module):
             sizes = (blocks, 4 * (1 + groups)) if double_quant else (4 * blocks, None)
             shapes = ((num_experts, n, (k + 1) // 2), *((num_experts, s) if s else None for s in sizes))
             for suffix, shape in zip(_SUFFIXES, shapes, strict=True):
-                part = None if shape is None else torch.empty(shape, dtype=torch.uint8, device=device)
-                frozen = None if part is None else nn.Parameter(part, requires_grad=False)
-                self.register_parameter(name + suffix, frozen)
+                self.register_parameter(name + suffix, None if shape is None else frozen_bytes(shape, device))
             for suffix, shape, there, kind in (
                 ("_bias", (num_experts, n), bias, dtype),
                 ("_lora_A", (num_experts, rank, k), rank, adapter_dtype),

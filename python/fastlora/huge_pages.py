@@ -8,10 +8,13 @@ allocated did not; :func:`use_huge_pages` moves it. Linux gives them where its s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from . import _C
+from .sharded import is_sharded
 
 
 def prefer(t: Tensor) -> Tensor:
@@ -20,6 +23,11 @@ def prefer(t: Tensor) -> Tensor:
     if type(t) is Tensor and t.device.type == "cpu" and t.is_contiguous():
         _C.prefer_huge_pages(t.data_ptr(), t.nbytes, False)
     return t
+
+
+def frozen_bytes(shape: Sequence[int], device: torch.device | str | int | None) -> nn.Parameter:
+    """An uninitialised uint8 Parameter for a packed weight or its scales, in huge pages where it can be."""
+    return nn.Parameter(prefer(torch.empty(*shape, dtype=torch.uint8, device=device)), requires_grad=False)
 
 
 def use_huge_pages(module: nn.Module) -> int:
@@ -34,6 +42,6 @@ def use_huge_pages(module: nn.Module) -> int:
         table = getattr(one, "_table", None)
         tensors += [] if table is None else [*table.a, *table.b]
     with torch._C.DisableTorchFunctionSubclass():  # bitsandbytes' parameters have methods of their own
-        plain = [t.data for t in tensors if t.device.type == "cpu" and not hasattr(t, "full_tensor")]
+        plain = [t.data for t in tensors if t.device.type == "cpu" and not is_sharded(t)]
         unique = {t.data_ptr(): t.nbytes for t in plain if t.data_ptr()}
     return sum(_C.prefer_huge_pages(place, size, True) for place, size in unique.items())

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, huge_pages
+from . import checks
 from .autograd import linear_from_parts
+from .huge_pages import frozen_bytes
 from .methods import initialisation
 from .named_adapters import NamedAdapters
 from .nf4 import NF4Weight, quantize_nf4
@@ -86,13 +87,10 @@ class QLinear(NamedAdapters, nn.Linear):
         blocks = -(-in_features * out_features // blocksize)
         groups = -(-blocks // checks.NESTED_BLOCKSIZE)
 
-        def frozen(*shape: int) -> nn.Parameter:
-            data = huge_pages.prefer(torch.empty(shape, dtype=torch.uint8, device=device))
-            return nn.Parameter(data, requires_grad=False)
-
-        self.weight = frozen(out_features, (in_features + 1) // 2)
-        self.weight_scales = frozen(blocks if double_quant else 4 * blocks)
-        self.register_parameter("weight_nested", frozen(4 * (1 + groups)) if double_quant else None)
+        self.weight = frozen_bytes((out_features, (in_features + 1) // 2), device)
+        self.weight_scales = frozen_bytes((blocks if double_quant else 4 * blocks,), device)
+        nested = frozen_bytes((4 * (1 + groups),), device) if double_quant else None
+        self.register_parameter("weight_nested", nested)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         )

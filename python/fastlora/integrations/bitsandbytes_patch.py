@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import _C, checks, direct
 from . import bitsandbytes_weight as weights
+from .versions import numbers, text
 
 #: bitsandbytes' versions that this is tested with: from the first, below the second.
 SUPPORTED = ((0, 50, 2), (0, 51))
@@ -107,14 +108,13 @@ def unpatch_bitsandbytes() -> None:
 
 def require() -> None:
     """ImportError unless bitsandbytes and torch are of versions that can be patched."""
-    least, below = (".".join(map(str, version)) for version in SUPPORTED)
+    least, below = map(text, SUPPORTED)
     wanted = f"patch_bitsandbytes: expected bitsandbytes >= {least}, < {below}"
     try:
         found = metadata.version("bitsandbytes")
     except metadata.PackageNotFoundError:
         raise ImportError(f"{wanted}, got none installed") from None
-    numbers = tuple(int(part) for part in found.split("+")[0].split(".") if part.isdigit())
-    if not SUPPORTED[0] <= numbers < SUPPORTED[1]:
+    if not SUPPORTED[0] <= numbers(found) < SUPPORTED[1]:
         raise ImportError(f"{wanted}, got {found}")
     if not hasattr(torch.library, "get_kernel"):
         raise ImportError(f"patch_bitsandbytes: expected torch >= 2.9, got {torch.__version__}")

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from .. import checks
 from ..experts import QExperts
+from ..hooks import has_hooks
 
 _CONTRACT = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate", "num_experts")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class StockActivation(nn.Module):
@@ -75,7 +75,7 @@ def why_not(module: nn.Module) -> str | None:
     up, down = (_sizes(module, name) for name in weight_names(module))
     if down[::-1] != (up[0] // (2 if stock.has_gate else 1), up[1]) or up[0] % (2 if stock.has_gate else 1):
         return f"a {kind} with projections of {up[0]} x {up[1]} and {down[0]} x {down[1]}"
-    if "forward" in module.__dict__ or any(getattr(module, hooks) for hooks in _HOOKS):
+    if has_hooks(module):
         return "it has hooks, which a replacement would lose"
     return None
 

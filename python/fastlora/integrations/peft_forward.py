@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..autograd import linear_from_parts
 from ..checks import Packed
+from ..hooks import has_hooks
 from ..linear import QLinear
 from ..methods.dora import RowSquares, dora_linear, row_norms
 from ..multi_autograd import NO_DROPOUT, multi_linear
@@ -98,7 +99,7 @@ class FusedForward(_Layer):
 
     def _fuses_dora(self, name: str) -> bool:
         magnitude = self.lora_magnitude_vector[name] if self.is_dora(name) else None
-        return magnitude is not None and not _has_hooks(magnitude) and not self.lora_bias.get(name)
+        return magnitude is not None and not has_hooks(magnitude) and not self.lora_bias.get(name)
 
     def _p(self, name: str) -> float:
         """The adapter's dropout in this call."""
@@ -177,14 +178,4 @@ class FusedForward(_Layer):
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling the module would do no more than `kind` does: what it holds can be read instead."""
-    return type(module).forward is kind.forward and not _has_hooks(module)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+    return type(module).forward is kind.forward and not has_hooks(module)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..linear import QLinear
 from .after_import import after_import
+from .versions import numbers, text
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,7 +53,7 @@ def check_version() -> None:
     """RuntimeError for a peft that is too old."""
     import peft
 
-    numbers = tuple(int(part) for part in peft.__version__.split(".")[:2])
-    if numbers < OLDEST_PEFT:
-        oldest = ".".join(map(str, OLDEST_PEFT))
-        raise RuntimeError(f"LoRA on QLinear: expected peft {oldest} or newer, got {peft.__version__}")
+    if numbers(peft.__version__) < OLDEST_PEFT:
+        raise RuntimeError(
+            f"LoRA on QLinear: expected peft {text(OLDEST_PEFT)} or newer, got {peft.__version__}"
+        )

@@ -17,6 +17,7 @@ from ..huge_pages import use_huge_pages
 from .operands import FusedBase
 from .patch_plan import is_patched, plan
 from .patch_report import PatchReport
+from .versions import numbers, text
 
 #: The oldest versions that have what is used here.
 OLDEST = {"peft": (0, 20), "bitsandbytes": (0, 45)}
@@ -90,11 +91,10 @@ def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 def _require(package: str) -> None:
     """ImportError unless a package is there and new enough."""
-    oldest = ".".join(map(str, OLDEST[package]))
+    oldest = text(OLDEST[package])
     try:
         version = metadata.version(package)
     except metadata.PackageNotFoundError:
         raise ImportError(f"patch: expected {package} >= {oldest}, got no {package} installed") from None
-    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if numbers < OLDEST[package]:
+    if numbers(version) < OLDEST[package]:
         raise ImportError(f"patch: expected {package} >= {oldest}, got {version}")

@@ -16,10 +16,9 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
-    rename_source_key,
 )
 
-from .transformers_loading import Checkpoint, Header, packed_parameters
+from .transformers_loading import Checkpoint, Header, packed_parameters, renamed
 
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
@@ -88,9 +87,7 @@ def _targets(
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
     meta, prefix = model.state_dict(), model.base_model_prefix
     for key in sorted(checkpoint.tensors, key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, meta)
-        if name not in meta and key in meta:
-            name, pattern = rename_source_key(key, [], [], prefix, meta)
+        name, pattern = renamed(key, renamings, converters, prefix, meta)
         if pattern is None:
             yield key, name, False
         else:

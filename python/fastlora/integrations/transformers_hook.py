@@ -9,12 +9,12 @@ that module is imported already, and else at the end of its import, which comes 
 
 from __future__ import annotations
 
-import re
 import warnings
 from importlib import metadata
 from types import ModuleType
 
 from .after_import import after_import
+from .versions import numbers, text
 
 OLDEST = (5, 23)  # older ones cast a dense weight to the packed one's uint8 before it can be quantised
 _TABLES = "transformers.quantizers.auto"
@@ -27,7 +27,7 @@ def install() -> None:
 
 def require_transformers() -> None:
     """ImportError unless a transformers is installed that is new enough."""
-    wanted = ".".join(map(str, OLDEST))
+    wanted = text(OLDEST)
     try:
         have = metadata.version("transformers")
     except metadata.PackageNotFoundError:
@@ -35,7 +35,7 @@ def require_transformers() -> None:
             f"FastLoraConfig: expected transformers {wanted} or newer, got none; pip install "
             f"'transformers>={wanted}'"
         ) from None
-    if tuple(map(int, re.findall(r"\d+", have)[:2])) < OLDEST:
+    if numbers(have) < OLDEST:
         raise ImportError(f"FastLoraConfig: expected transformers {wanted} or newer, got {have}")
 
 

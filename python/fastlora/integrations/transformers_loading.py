@@ -93,12 +93,21 @@ class Checkpoint:
         renamings = [c for c in copy.deepcopy(list(conversions)) if isinstance(c, WeightRenaming)]
         found = {}
         for key in sorted(self.packed, key=dot_natural_key):
-            name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, dense)
-            if name not in dense and key in dense:
-                name = key
+            name, _ = renamed(key, renamings, [], model.base_model_prefix, dense)
             if name in dense:
                 found[name.rpartition(".")[0]] = key
         return found
+
+
+def renamed(
+    key: str, renamings: list[Any], converters: list[Any], prefix: str, parameters: dict[str, Any]
+) -> tuple[str, str | None]:
+    """(parameter, converter's pattern or None) that the loader finds for a key of the files: by its renamings
+    or, where these lead nowhere, as the key is."""
+    name, pattern = rename_source_key(key, renamings, converters, prefix, parameters)
+    if name not in parameters and key in parameters:
+        name, pattern = rename_source_key(key, [], [], prefix, parameters)
+    return name, pattern
 
 
 class Packed(NamedTuple):

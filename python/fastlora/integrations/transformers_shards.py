@@ -26,9 +26,10 @@ from transformers.core_model_loading import (  # isort: skip
     WeightRenaming,
     convert_and_load_state_dict_in_model,
     dot_natural_key,
-    rename_source_key,
     revert_weight_conversion,
 )
+
+from .transformers_loading import renamed  # isort: skip
 
 if TYPE_CHECKING:
     from .transformers_quantizer import FastLoraHfQuantizer  # which transformers' own tables must precede
@@ -116,9 +117,7 @@ class PieceQuantizer:
         converters = [c for c in seen if isinstance(c, WeightConverter)]
         together: dict[str, list[str]] = {}
         for key in sorted(self._where, key=dot_natural_key):
-            name, _ = rename_source_key(key, renamings, converters, prefix, meta)
-            if name not in meta and key in meta:
-                name, _ = rename_source_key(key, [], [], prefix, meta)
+            name, _ = renamed(key, renamings, converters, prefix, meta)
             if name in meta:
                 together.setdefault(name, []).append(key)
         self._undo = [c for c in seen if c.was_used()]
