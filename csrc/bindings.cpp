@@ -37,8 +37,9 @@ int32_t bind_nf4_double_quantize(uintptr_t absmax, int64_t blocks, uintptr_t cod
 }
 
 int32_t bind_nf4_dequantize(uintptr_t packed, uintptr_t scales, uintptr_t nested, int64_t n, int64_t k,
-                            int64_t blocksize, uintptr_t out, int32_t dtype, int32_t threads, int32_t isa) {
-  const Nf4DequantizeArgs args{.weight = weight_at(packed, scales, nested, n, k, blocksize),
+                            int64_t blocksize, uintptr_t offsets, int64_t groups, uintptr_t out, int32_t dtype,
+                            int32_t threads, int32_t isa) {
+  const Nf4DequantizeArgs args{.weight = weight_at(packed, scales, nested, n, k, blocksize, offsets, groups),
                                .out = at<void>(out),
                                .dtype = static_cast<DType>(dtype),
                                .threads = threads};
@@ -53,10 +54,10 @@ int32_t bind_nf4_decode_absmax(uintptr_t scales, uintptr_t nested, int64_t block
 
 int32_t bind_nf4_linear(uintptr_t x, uintptr_t packed, uintptr_t scales, uintptr_t nested, uintptr_t bias,
                         uintptr_t lora_a, uintptr_t lora_b, uintptr_t u, uintptr_t y, int64_t m, int64_t n,
-                        int64_t k, int64_t r, int64_t blocksize, float scaling, int32_t dtype, int32_t lora_dtype,
-                        int32_t threads, int32_t isa) {
+                        int64_t k, int64_t r, int64_t blocksize, uintptr_t offsets, int64_t groups, float scaling,
+                        int32_t dtype, int32_t lora_dtype, int32_t threads, int32_t isa) {
   const Nf4LinearArgs args{.x = at<const void>(x),
-                           .weight = weight_at(packed, scales, nested, n, k, blocksize),
+                           .weight = weight_at(packed, scales, nested, n, k, blocksize, offsets, groups),
                            .bias = at<const void>(bias),
                            .lora_a = at<const void>(lora_a),
                            .lora_b = at<const void>(lora_b),
@@ -73,10 +74,11 @@ int32_t bind_nf4_linear(uintptr_t x, uintptr_t packed, uintptr_t scales, uintptr
 
 int32_t bind_nf4_linear_grad_input(uintptr_t dy, uintptr_t packed, uintptr_t scales, uintptr_t nested,
                                    uintptr_t lora_a, uintptr_t lora_b, uintptr_t v, uintptr_t dx, int64_t m,
-                                   int64_t n, int64_t k, int64_t r, int64_t blocksize, float scaling,
-                                   int32_t dtype, int32_t lora_dtype, int32_t threads, int32_t isa) {
+                                   int64_t n, int64_t k, int64_t r, int64_t blocksize, uintptr_t offsets,
+                                   int64_t groups, float scaling, int32_t dtype, int32_t lora_dtype,
+                                   int32_t threads, int32_t isa) {
   const Nf4LinearGradInputArgs args{.dy = at<const void>(dy),
-                                    .weight = weight_at(packed, scales, nested, n, k, blocksize),
+                                    .weight = weight_at(packed, scales, nested, n, k, blocksize, offsets, groups),
                                     .lora_a = at<const void>(lora_a),
                                     .lora_b = at<const void>(lora_b),
                                     .v = at<void>(v),

@@ -13,12 +13,14 @@ T* at(uintptr_t address) {
 }
 
 inline Nf4Weight weight_at(uintptr_t packed, uintptr_t scales, uintptr_t nested, int64_t n, int64_t k,
-                           int64_t blocksize) {
+                           int64_t blocksize, uintptr_t offsets = 0, int64_t groups = 0) {
   return {.packed = at<const uint8_t>(packed),
           .scales = {.codes = at<const uint8_t>(scales), .nested = at<const uint8_t>(nested)},
           .n = n,
           .k = k,
-          .blocksize = blocksize};
+          .blocksize = blocksize,
+          .offsets = at<const float>(offsets),
+          .groups = groups};
 }
 
 // For the module _C: the entry points of segmented_lora.h.

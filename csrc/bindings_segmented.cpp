@@ -105,30 +105,33 @@ int32_t bind_grad_pools(uintptr_t x, uintptr_t dy, uintptr_t u, uintptr_t v, con
 }
 
 int32_t bind_multi_linear(uintptr_t x, uintptr_t packed, uintptr_t scales, uintptr_t nested, int64_t blocksize,
-                          uintptr_t bias, uintptr_t y, uintptr_t u, int64_t m, int64_t n, int64_t k,
-                          const Table& table, uintptr_t order, uintptr_t segments, int64_t segment_rows,
-                          bool batch_invariant, int32_t dtype, int32_t threads, int32_t isa) {
-  return static_cast<int32_t>(nf4_multi_lora_linear({.x = at<const void>(x),
-                                                     .weight = weight_at(packed, scales, nested, n, k, blocksize),
-                                                     .bias = at<const void>(bias),
-                                                     .y = at<void>(y),
-                                                     .u = at<void>(u),
-                                                     .m = m,
-                                                     .table = table.view(),
-                                                     .routing = routing_at(order, segments, m, segment_rows),
-                                                     .dtype = static_cast<DType>(dtype),
-                                                     .batch_invariant = batch_invariant,
-                                                     .threads = threads,
-                                                     .isa = static_cast<Isa>(isa)}));
+                          uintptr_t offsets, int64_t groups, uintptr_t bias, uintptr_t y, uintptr_t u, int64_t m,
+                          int64_t n, int64_t k, const Table& table, uintptr_t order, uintptr_t segments,
+                          int64_t segment_rows, bool batch_invariant, int32_t dtype, int32_t threads,
+                          int32_t isa) {
+  return static_cast<int32_t>(
+      nf4_multi_lora_linear({.x = at<const void>(x),
+                             .weight = weight_at(packed, scales, nested, n, k, blocksize, offsets, groups),
+                             .bias = at<const void>(bias),
+                             .y = at<void>(y),
+                             .u = at<void>(u),
+                             .m = m,
+                             .table = table.view(),
+                             .routing = routing_at(order, segments, m, segment_rows),
+                             .dtype = static_cast<DType>(dtype),
+                             .batch_invariant = batch_invariant,
+                             .threads = threads,
+                             .isa = static_cast<Isa>(isa)}));
 }
 
 int32_t bind_multi_grad_input(uintptr_t dy, uintptr_t packed, uintptr_t scales, uintptr_t nested,
-                              int64_t blocksize, uintptr_t dx, uintptr_t v, int64_t m, int64_t n, int64_t k,
-                              const Table& table, uintptr_t order, uintptr_t segments, int64_t segment_rows,
-                              bool batch_invariant, int32_t dtype, int32_t threads, int32_t isa) {
+                              int64_t blocksize, uintptr_t offsets, int64_t groups, uintptr_t dx, uintptr_t v,
+                              int64_t m, int64_t n, int64_t k, const Table& table, uintptr_t order,
+                              uintptr_t segments, int64_t segment_rows, bool batch_invariant, int32_t dtype,
+                              int32_t threads, int32_t isa) {
   return static_cast<int32_t>(
       nf4_multi_lora_grad_input({.dy = at<const void>(dy),
-                                 .weight = weight_at(packed, scales, nested, n, k, blocksize),
+                                 .weight = weight_at(packed, scales, nested, n, k, blocksize, offsets, groups),
                                  .dx = at<void>(dx),
                                  .v = at<void>(v),
                                  .m = m,

@@ -96,11 +96,17 @@ bool read_int(PyObject* object, int64_t* value) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What checks.py demands of a weight (n, k) in `blocksize`; the entry point refuses other block sizes.
-bool weight_fits(const View& packed, const View& scales, const View& nested, int64_t k, int64_t blocksize) {
+// What checks.py demands of a weight (n, k) in `blocksize`; the entry point refuses other block sizes, and groups
+// that do not divide k.
+bool weight_fits(const View& packed, const View& scales, const View& nested, const View& offsets, int64_t k,
+                 int64_t blocksize) {
   if (blocksize < kMinBlocksize || blocksize > kMaxBlocksize || packed.ndim != 2) return false;
   const int64_t n = packed.shape[0], blocks = ceil_div(n * k, blocksize);
   if (packed.shape[1] != ceil_div(k, 2)) return false;
+  if (offsets.given() && (offsets.ndim != 2 || offsets.shape[0] != n || offsets.shape[1] % 4 != 0 ||
+                          reinterpret_cast<uintptr_t>(offsets.data) % 4 != 0)) {
+    return false;
+  }
   if (!nested.given()) return scales.is(4 * blocks);
   return scales.is(blocks) && nested.is(4 * (1 + ceil_div(blocks, kNestedBlocksize)));
 }
@@ -124,19 +130,21 @@ PyObject* new_output(PyObject* x, const View& v, int64_t n) {
 
 enum Position { kX, kWeight, kBias, kLoraA, kLoraB, kScaling, kThreads, kIsa, kCount };
 
-// (x, (packed, scales, nested or None, blocksize), bias, lora_a, lora_b (or None), scaling, threads, isa)
+// (x, (packed, scales, nested or None, blocksize, offsets or None), bias, lora_a, lora_b (or None), scaling,
+// threads, isa)
 PyObject* nf4_linear_direct(PyObject*, PyObject* const* args, Py_ssize_t count) {
-  if (count != kCount || !PyTuple_Check(args[kWeight]) || PyTuple_GET_SIZE(args[kWeight]) != 4) {
-    PyErr_SetString(PyExc_TypeError, "nf4_linear_direct: expected 8 arguments, a tuple of 4 for the second");
+  if (count != kCount || !PyTuple_Check(args[kWeight]) || PyTuple_GET_SIZE(args[kWeight]) != 5) {
+    PyErr_SetString(PyExc_TypeError, "nf4_linear_direct: expected 8 arguments, a tuple of 5 for the second");
     return nullptr;
   }
   PyObject* weight = args[kWeight];
-  View x, packed, scales, nested, bias, lora_a, lora_b;
+  View x, packed, scales, nested, offsets, bias, lora_a, lora_b;
   int64_t blocksize, threads, isa;
   if (g_torch.read == nullptr || !read(args[kX], true, &x) || !read(PyTuple_GET_ITEM(weight, 0), false, &packed) ||
       !read(PyTuple_GET_ITEM(weight, 1), false, &scales) ||
       !read_optional(PyTuple_GET_ITEM(weight, 2), false, &nested) ||
-      !read_int(PyTuple_GET_ITEM(weight, 3), &blocksize) || !read_optional(args[kBias], true, &bias) ||
+      !read_int(PyTuple_GET_ITEM(weight, 3), &blocksize) ||
+      !read_optional(PyTuple_GET_ITEM(weight, 4), false, &offsets) || !read_optional(args[kBias], true, &bias) ||
       !read_optional(args[kLoraA], true, &lora_a) || !read_optional(args[kLoraB], true, &lora_b) ||
       !read_int(args[kThreads], &threads) || !read_int(args[kIsa], &isa) || !PyFloat_Check(args[kScaling])) {
     Py_RETURN_NONE;
@@ -145,7 +153,7 @@ PyObject* nf4_linear_direct(PyObject*, PyObject* const* args, Py_ssize_t count) 
   int64_t m = 1;
   for (int32_t i = 0; i + 1 < x.ndim; ++i) m *= x.shape[i];
   const int64_t k = x.shape[x.ndim - 1];
-  if (m < 1 || k < 1 || !weight_fits(packed, scales, nested, k, blocksize)) Py_RETURN_NONE;
+  if (m < 1 || k < 1 || !weight_fits(packed, scales, nested, offsets, k, blocksize)) Py_RETURN_NONE;
   const int64_t n = packed.shape[0];
   if (bias.given() && (bias.dtype != x.dtype || !bias.is(n))) Py_RETURN_NONE;
   int64_t r = 0;
@@ -169,7 +177,9 @@ PyObject* nf4_linear_direct(PyObject*, PyObject* const* args, Py_ssize_t count) 
                                                  .nested = static_cast<const uint8_t*>(nested.data)},
                                       .n = n,
                                       .k = k,
-                                      .blocksize = blocksize},
+                                      .blocksize = blocksize,
+                                      .offsets = static_cast<const float*>(offsets.data),
+                                      .groups = offsets.given() ? offsets.shape[1] / 4 : 0},
                            .bias = bias.data,
                            .lora_a = lora_a.data,
                            .lora_b = lora_b.data,

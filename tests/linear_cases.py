@@ -29,6 +29,7 @@ AXES = {
     "float32_adapters": (False, True),
     "double_quant": (False, True),
     "bias": (False, True),
+    "offsets": (False, True),
     "scaling": (1.0, 2.0, 0.25),
 }
 
@@ -69,10 +70,13 @@ class Case:
     double_quant: bool = True
     bias: bool = True
     scaling: float = 1.0
+    offsets: bool = False
 
     def __str__(self) -> str:
         words = [f"m{self.m}-n{self.n}-k{self.k}-r{self.r}-bs{self.blocksize}", str(self.dtype)[6:]]
-        words += [name for name in ("float32_adapters", "double_quant", "bias") if getattr(self, name)]
+        words += [
+            name for name in ("float32_adapters", "double_quant", "bias", "offsets") if getattr(self, name)
+        ]
         return "-".join(words)
 
 
@@ -85,6 +89,7 @@ def cases(seed: int) -> list[Case]:
     for dtype in FLOATS:
         selected.append(Case(5, 123, 123, 16, 64, dtype))
         selected.append(Case(2, 96, 4304, 16, 64, dtype, double_quant=False))
+        selected.append(Case(24, 72, 1024, 24, 64, dtype, offsets=True))
     return selected
 
 
@@ -96,7 +101,14 @@ class Weight:
     scales: Tensor
     nested: Tensor | None
     blocksize: int
-    dense: Tensor  # (n, k) float32
+    dense: Tensor  # (n, k) float32, offsets and all
+    offsets: Tensor | None = None
+    apart: Tensor | None = None  # |codes * absmax| + |offsets|, where there are offsets
+
+    @property
+    def magnitudes(self) -> Tensor:
+        """What is multiplied."""
+        return self.dense.abs() if self.apart is None else self.apart
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -104,8 +116,11 @@ class Weight:
 
 
 @functools.lru_cache(maxsize=64)
-def make_weight(n: int, k: int, blocksize: int = 64, double_quant: bool = True, seed: int = 0) -> Weight:
-    """Built by the reference alone, so that no kernel is trusted to make its own inputs."""
+def make_weight(
+    n: int, k: int, blocksize: int = 64, double_quant: bool = True, seed: int = 0, offsets: bool = False
+) -> Weight:
+    """Built by the reference alone, so that no kernel is trusted to make its own inputs. Offsets are of
+    groups as large as the shape allows, up to 64 columns."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
     blocks = -(-n * k // blocksize)
@@ -119,7 +134,14 @@ def make_weight(n: int, k: int, blocksize: int = 64, double_quant: bool = True, 
         absmax = reference.nf4_decode_absmax(scales, nested)
         nested = nested.view(torch.uint8)
     dense = reference.nf4_dequantize(codes, absmax, blocksize, torch.float32)
-    return Weight(reference.nf4_pack(codes), scales, nested, blocksize, dense)
+    packed = reference.nf4_pack(codes)
+    if not offsets or not k:
+        return Weight(packed, scales, nested, blocksize, dense)
+    group = next(size for size in (64, 32, 16, 3, 7, k) if k % size == 0)
+    values = 0.1 * torch.randn(n, k // group, generator=generator)
+    apart = reference.nf4_add_offsets(dense.abs(), values.abs())
+    dense = reference.nf4_add_offsets(dense, values)
+    return Weight(packed, scales, nested, blocksize, dense, values.view(torch.uint8), apart)
 
 
 @dataclass
@@ -136,14 +158,14 @@ class Inputs:
     def linear(self) -> tuple:
         """What nf4_linear and nf4_linear_with_u take."""
         w = self.weight
-        return (self.x, *w.tensors, w.blocksize, self.bias, self.lora_a, self.lora_b, self.scaling)
+        return (self.x, *w.tensors, w.blocksize, self.bias, self.lora_a, self.lora_b, self.scaling, w.offsets)
 
     @property
     def grad_input(self) -> tuple:
         """What nf4_linear_grad_input takes."""
         w = self.weight
         k = self.x.shape[-1]
-        return (self.dy, *w.tensors, k, w.blocksize, self.lora_a, self.lora_b, self.scaling)
+        return (self.dy, *w.tensors, k, w.blocksize, self.lora_a, self.lora_b, self.scaling, w.offsets)
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
@@ -155,7 +177,7 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
 
     adapters = torch.float32 if case.float32_adapters else case.dtype
     return Inputs(
-        weight=make_weight(case.n, case.k, case.blocksize, case.double_quant, seed),
+        weight=make_weight(case.n, case.k, case.blocksize, case.double_quant, seed, case.offsets),
         x=normal(case.m, case.k, dtype=case.dtype),
         dy=normal(case.m, case.n, dtype=case.dtype),
         bias=normal(case.n, dtype=case.dtype) if case.bias else None,

@@ -48,12 +48,15 @@ class Case:
     pools: torch.dtype = torch.bfloat16
     blocksize: int = 64
     seed: int = 0
+    offsets: bool = False
 
     def __str__(self) -> str:
         names = [name for name, slots in ROUTINGS.items() if slots == self.slots]
         routing = names[0] if names else f"m{len(self.slots)}"
         dtypes = f"{str(self.dtype)[6:]}-{str(self.pools)[6:]}"
-        return f"{routing}-k{self.k}-n{'+'.join(map(str, self.ns))}-r{max(self.ranks)}-{dtypes}"
+        return f"{routing}-k{self.k}-n{'+'.join(map(str, self.ns))}-r{max(self.ranks)}-{dtypes}" + (
+            "-offsets" if self.offsets else ""
+        )
 
 
 @dataclass
@@ -88,12 +91,12 @@ class Inputs:
     def linear(self, batch_invariant: bool = False) -> tuple:
         """What nf4_multi_lora_linear takes."""
         w = self.weight
-        return (self.x, *w.tensors, w.blocksize, self.bias, *self.adapters, batch_invariant)
+        return (self.x, *w.tensors, w.blocksize, self.bias, *self.adapters, batch_invariant, w.offsets)
 
     def grad_input(self, batch_invariant: bool = False) -> tuple:
         """What nf4_multi_lora_grad_input takes."""
         w = self.weight
-        return (self.dy, *w.tensors, self.case.k, w.blocksize, *self.adapters, batch_invariant)
+        return (self.dy, *w.tensors, self.case.k, w.blocksize, *self.adapters, batch_invariant, w.offsets)
 
 
 def make_inputs(case: Case, weight: bool = False) -> Inputs:
@@ -126,7 +129,7 @@ def make_inputs(case: Case, weight: bool = False) -> Inputs:
         case=case, a=a, b=b, entries=torch.tensor(entries, dtype=torch.int32).reshape(*shape, 2),
         scaling=0.25 + torch.rand(shape, generator=generator), order=order, segments=segments, widths=widths,
         x=normal(m, case.k), dy=normal(m, n), y=normal(m, n), dx=normal(m, case.k), slots=slots,
-        weight=make_weight(n, case.k, case.blocksize) if weight else None,
+        weight=make_weight(n, case.k, case.blocksize, offsets=case.offsets) if weight else None,
         bias=normal(n) if weight else None,
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ def trained(seed=0, **options):
 
 
 def parts(layer):
-    return layer.weight, layer.weight_scales, layer.weight_nested, layer.blocksize
+    return layer.packed_weight()
 
 
 def reference(x, w, a, b, s, m, bias):
@@ -58,7 +58,7 @@ def doubles(layer):
 def test_tiles_are_the_weight(n, k, blocksize, double_quant):
     torch.manual_seed(0)
     weight = fastlora.quantize_nf4(torch.randn(n, k), blocksize=blocksize, double_quant=double_quant)
-    packed = (weight.packed, weight.scales, weight.nested, blocksize)
+    packed = weight.parts
     for elements in (1, 1000, 2**20):
         tiles = list(row_tiles(packed, k, elements))
         assert [rows.start for rows, _ in tiles] == [0, *(rows.stop for rows, _ in tiles[:-1])]
@@ -69,7 +69,7 @@ def test_tiles_are_the_weight(n, k, blocksize, double_quant):
 
 def test_a_tile_is_few_rows():
     weight = fastlora.quantize_nf4(torch.randn(96, 64))
-    packed = (weight.packed, weight.scales, weight.nested, 64)
+    packed = weight.parts
     assert len(list(row_tiles(packed, 64, 640))) == 10
 
 

@@ -34,7 +34,9 @@ def prepare(case: Case, seed: int) -> Prepared:
     inputs = make_inputs(case, seed)
     dense, scaling = inputs.weight.dense, inputs.scaling
     y, u = reference.nf4_linear(inputs.x, dense, inputs.bias, inputs.lora_a, inputs.lora_b, scaling)
-    y_bound = linear_bound(inputs.x, dense, inputs.lora_a, inputs.lora_b, scaling, y, case.dtype)
+    y_bound = linear_bound(
+        inputs.x, inputs.weight.magnitudes, inputs.lora_a, inputs.lora_b, scaling, y, case.dtype
+    )
     u_bound = torch.zeros_like(u)
     if inputs.lora_a is not None:
         magnitudes = inputs.x.double().abs() @ inputs.lora_a.double().abs().T

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,7 +32,8 @@ op = torch.ops.fastlora.nf4_linear.default
 
 def directly(x, packed, scales, nested, blocksize, *rest) -> Tensor | None:
     """direct.linear with the arguments of the op."""
-    return direct.linear(x, (packed, scales, nested, blocksize), *rest)
+    *rest, offsets = rest
+    return direct.linear(x, (packed, scales, nested, blocksize, offsets), *rest)
 
 
 @pytest.fixture
@@ -76,6 +78,10 @@ def test_the_bits_of_the_op(isa: str, shape: tuple[int, int], dtype: torch.dtype
         assert got is not None
         assert torch.equal(got, op(*args))
         assert (got.dtype, got.shape, got.stride()) == (dtype, (m, n), (n, 1))
+        args = make_inputs(replace(case, offsets=True)).linear
+        got = directly(*args)
+        assert got is not None
+        assert torch.equal(got, op(*args))
 
 
 @pytest.mark.usefixtures("op_forbidden")
@@ -359,7 +365,7 @@ from fastlora import direct
 assert not direct.AVAILABLE
 layer = fastlora.QLinear(64, 32, rank=4)
 x = torch.randn(3, 64)
-weight = (layer.weight, layer.weight_scales, layer.weight_nested, 64)
+weight = layer.packed_weight()
 with torch.no_grad():
     assert direct.linear(x, weight, None, None, None, 1.0) is None
     assert layer(x).shape == (3, 32)

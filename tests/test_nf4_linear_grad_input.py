@@ -36,7 +36,7 @@ def prepare(case: Case, seed: int) -> Prepared:
     dx, v = reference.nf4_linear_grad_input(inputs.dy, dense, inputs.lora_a, inputs.lora_b, scaling)
     # The transpose is a linear too: of dy, with Wᵀ, A := Bᵀ and B := Aᵀ.
     a, b = (None, None) if inputs.lora_a is None else (inputs.lora_b.T, inputs.lora_a.T)
-    dx_bound = linear_bound(inputs.dy, dense.T, a, b, scaling, dx, case.dtype)
+    dx_bound = linear_bound(inputs.dy, inputs.weight.magnitudes.T, a, b, scaling, dx, case.dtype)
     v_bound = torch.zeros_like(v)
     if inputs.lora_b is not None:
         magnitudes = abs(scaling) * (inputs.dy.double().abs() @ inputs.lora_b.double().abs())

@@ -50,7 +50,7 @@ def run_multi(
     order, segments = route(slots, t.capacity)
     out = poisoned(len(slots), t.k if grad else t.n, dtype=x.dtype)
     inner = poisoned(len(slots), sum(t.widths), dtype=x.dtype)
-    tables = (t.a, t.b, t.entries, t.scaling, order, segments, t.widths, batch_invariant)
+    tables = (t.a, t.b, t.entries, t.scaling, order, segments, t.widths, batch_invariant, weight.offsets)
     if grad:
         status = segmented.multi_grad_input(
             device(seed), x, *weight.tensors, t.k, weight.blocksize, *tables, out, inner

@@ -32,6 +32,10 @@ CASES = [
     Case(zipf(600, 7, 8), k=192, ns=(130,), ranks=(8, 16, 0, 64, 3, 1, 100)),
     Case((1, 0, -1, 1, 1, 1), k=342, ns=(257,), ranks=(17, 8), dtype=fp32, pools=fp32),
     Case(tuple(range(64)), k=256, ns=(192,), ranks=(16,) * 64),
+    Case(ROUTINGS["zipf"], k=200, ns=(33, 7), offsets=True),
+    Case(ROUTINGS["one_each"], k=128, ns=(96,), dtype=fp16, pools=fp32, offsets=True),
+    Case(ROUTINGS["large"], k=96, ns=(64, 32, 40), offsets=True),
+    Case(zipf(97, 3, 7), k=4700, ns=(200,), ranks=(16, 5, 1), dtype=fp32, pools=fp32, offsets=True),
     Case((0, 1, 1), k=1, ns=(1,), ranks=(1, 2)),
     Case((1, 1, 0, -1) * 3, k=0, ns=(5,), ranks=(1, 2)),
 ]
@@ -44,9 +48,9 @@ class Expected:
         self.y, self.u = reference.nf4_multi_lora_linear(i.x, dense, i.bias, *i.adapters)
         self.dx, self.v = reference.nf4_multi_lora_grad_input(i.dy, dense, *i.adapters)
         low, self.u_bound = bounds(i, False, torch.zeros_like(self.y))
-        self.y_bound = low + linear_bound(i.x, dense, None, None, 1.0, self.y, case.dtype)
+        self.y_bound = low + linear_bound(i.x, i.weight.magnitudes, None, None, 1.0, self.y, case.dtype)
         low, self.v_bound = bounds(i, True, torch.zeros_like(self.dx))
-        self.dx_bound = low + linear_bound(i.dy, dense.T, None, None, 1.0, self.dx, case.dtype)
+        self.dx_bound = low + linear_bound(i.dy, i.weight.magnitudes.T, None, None, 1.0, self.dx, case.dtype)
 
 
 expected = functools.cache(Expected)

@@ -25,20 +25,31 @@ M, N, K, R = 3, 33, 70, 4
 def linear_args(case: Case | None = None) -> dict:
     """Arguments of nf4_linear by name, in order."""
     inputs = make_inputs(case or Case(M, N, K, R, 64, torch.bfloat16))
-    names = ("x", "packed", "scales", "nested", "blocksize", "bias", "lora_a", "lora_b", "scaling")
+    names = ("x", "packed", "scales", "nested", "blocksize", "bias", "lora_a", "lora_b", "scaling", "offsets")
     return dict(zip(names, inputs.linear, strict=True))
 
 
 def given_u_args() -> dict:
     args = linear_args()
     u = torch.ones(M, R, dtype=torch.bfloat16)
-    names = ("packed", "scales", "nested", "blocksize", "bias", "lora_b", "scaling")
+    names = ("packed", "scales", "nested", "blocksize", "bias", "lora_b", "scaling", "offsets")
     return {"x": args["x"], "u": u} | {name: args[name] for name in names}
 
 
 def grad_input_args(case: Case | None = None) -> dict:
     inputs = make_inputs(case or Case(M, N, K, R, 64, torch.bfloat16))
-    names = ("dy", "packed", "scales", "nested", "in_features", "blocksize", "lora_a", "lora_b", "scaling")
+    names = (
+        "dy",
+        "packed",
+        "scales",
+        "nested",
+        "in_features",
+        "blocksize",
+        "lora_a",
+        "lora_b",
+        "scaling",
+        "offsets",
+    )
     return dict(zip(names, inputs.grad_input, strict=True))
 
 
@@ -66,7 +77,7 @@ def dequantize_args() -> dict:
     w = make_weight(5, 123)
     return {
         "packed": w.packed, "scales": w.scales, "nested": w.nested, "cols": 123, "blocksize": 64,
-        "dtype": torch.float16,
+        "dtype": torch.float16, "offsets": w.offsets,
     }  # fmt: skip
 
 
@@ -137,6 +148,15 @@ def test_opcheck_without_the_optional_parts(name: str) -> None:
     torch.library.opcheck(getattr(op, name).default, tuple(args.values()))
 
 
+@pytest.mark.parametrize("name", ["nf4_dequantize", "nf4_linear_with_u", "nf4_linear_backward"])
+def test_opcheck_with_offsets(name: str) -> None:
+    offsets = make_weight(
+        5 if name == "nf4_dequantize" else N, 123 if name == "nf4_dequantize" else K, offsets=True
+    )
+    args = ARGS[name]() | {"offsets": offsets.offsets}
+    torch.library.opcheck(getattr(op, name).default, tuple(args.values()))
+
+
 @pytest.mark.parametrize("name", ARGS)
 def test_meta_tensors_give_the_shapes_of_real_ones(name: str) -> None:
     args = ARGS[name]()
@@ -171,6 +191,15 @@ WEIGHT_ERRORS = [
     ({"blocksize": 48}, ValueError,
      "expected blocksize in (32, 64, 128, 256, 512, 1024, 2048, 4096), got 48"),
     ({"blocksize": 128}, ValueError, "expected scales of shape (19,) (19 blocks, one byte each), got (37,)"),
+    ({"offsets": torch.zeros(N, 5)}, TypeError, "expected offsets in uint8, got torch.float32"),
+    ({"offsets": torch.zeros(N, 12, dtype=torch.uint8)}, ValueError,
+     "expected offsets of shape (33, 4 * groups), groups a divisor of 70 columns, got (33, 12)"),
+    ({"offsets": torch.zeros(N, 6, dtype=torch.uint8)}, ValueError,
+     "expected offsets of shape (33, 4 * groups), groups a divisor of 70 columns, got (33, 6)"),
+    ({"offsets": torch.zeros(32, 8, dtype=torch.uint8)}, ValueError,
+     "expected offsets of shape (33, 4 * groups), groups a divisor of 70 columns, got (32, 8)"),
+    ({"offsets": torch.zeros(N, 0, dtype=torch.uint8)}, ValueError,
+     "expected offsets of shape (33, 4 * groups), groups a divisor of 70 columns, got (33, 0)"),
     ({"scales": torch.zeros(37, dtype=torch.uint8, device="meta")}, RuntimeError,
      "expected scales on cpu, got meta"),
     ({"nested": torch.zeros(8, dtype=torch.uint8, device="meta")}, RuntimeError,

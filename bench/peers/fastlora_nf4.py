@@ -66,7 +66,7 @@ class Fastlora(Peer):
         w = self.layer.quantized_weight
         status = _C.nf4_dequantize(
             w.packed.data_ptr(), w.scales.data_ptr(), 0 if w.nested is None else w.nested.data_ptr(),
-            *w.shape, w.blocksize, out.data_ptr(), DTYPE_CODE[out.dtype], torch.get_num_threads(),
+            *w.shape, w.blocksize, 0, 0, out.data_ptr(), DTYPE_CODE[out.dtype], torch.get_num_threads(),
             isa.level(),
         )  # fmt: skip
         assert status == 0, f"nf4_dequantize: status {status}"

@@ -79,7 +79,7 @@ def _calls(problem: Problem, x: Tensor) -> dict[str, tuple[Callable[[], Tensor |
     addresses = (
         x.data_ptr(), *(part.data_ptr() for part in parts), 0, layer.lora_A.data_ptr(),
         layer.lora_B.data_ptr(), u.data_ptr(), y.data_ptr(), x.shape[0], SIZE, SIZE, problem.r,
-        layer.blocksize, layer.scaling, code, code, torch.get_num_threads(), isa.level(),
+        layer.blocksize, 0, 0, layer.scaling, code, code, torch.get_num_threads(), isa.level(),
     )  # fmt: skip
     op = torch.ops.fastlora.nf4_linear.default
 
@@ -95,7 +95,7 @@ def _calls(problem: Problem, x: Tensor) -> dict[str, tuple[Callable[[], Tensor |
         (partial(plain, x), base),
         (partial(layer, x), whole),
         (partial(op, x, *parts, layer.blocksize, None, *adapter, layer.scaling), whole),
-        (partial(direct.linear, x, (*parts, layer.blocksize), None, *adapter, layer.scaling), whole),
+        (partial(direct.linear, x, layer.packed_weight(), None, *adapter, layer.scaling), whole),
         (binding, whole),
     )
     return dict(zip(NAMES, calls, strict=True))

@@ -1,6 +1,7 @@
 // Which kernel runs: one row per level, one column per op, and the crossovers between routes. Nothing else
 // decides.
 #include "fastlora/cpu.h"
+#include "group_offsets.h"
 #include "kernels.h"
 #include "numeric.h"
 
@@ -19,6 +20,7 @@ struct Level {
   int64_t decode_rows_float, decode_rows_half, decode_rows_bfloat;
   Status (*grad_input)(const Nf4LinearGradInputArgs&);
   Status (*grad_input_bf16)(const Nf4LinearGradInputArgs&);
+  Status (*group_sums)(const GroupSumsArgs&);
   Status (*adamw)(const AdamwArgs&);
   Status (*adamw_8bit)(const Adamw8bitArgs&);
 
@@ -32,20 +34,23 @@ struct Level {
 // decode_rows were measured; the figures are in docs/cpu_kernels.md, "Where the routes cross".
 constexpr Level kLevels[kIsaCount] = {
     {nf4_quantize_scalar, nf4_dequantize_scalar, nf4_linear_scalar, nf4_linear_scalar, nullptr, 0, 0, 0,
-     nf4_linear_grad_input_scalar, nf4_linear_grad_input_scalar, adamw_scalar, adamw_8bit_scalar},
+     nf4_linear_grad_input_scalar, nf4_linear_grad_input_scalar, group_sums_scalar, adamw_scalar,
+     adamw_8bit_scalar},
 #ifdef FASTLORA_X86
     {nf4_quantize_avx2, nf4_dequantize_avx2, nf4_linear_avx2, nf4_linear_avx2, nf4_linear_decode_avx2, 8, 12, 12,
-     nf4_linear_grad_input_avx2, nf4_linear_grad_input_avx2, adamw_avx2, adamw_8bit_avx2},
+     nf4_linear_grad_input_avx2, nf4_linear_grad_input_avx2, group_sums_avx2, adamw_avx2, adamw_8bit_avx2},
     {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_avx512, nf4_linear_decode_avx512,
-     12, 12, 12, nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512, adamw_avx512, adamw_8bit_avx512},
+     12, 12, 12, nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512, group_sums_avx512, adamw_avx512,
+     adamw_8bit_avx512},
     {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_avx512_bf16,
      nf4_linear_decode_avx512, 12, 10, 10, nf4_linear_grad_input_avx512, nf4_linear_grad_input_avx512_bf16,
-     adamw_avx512, adamw_8bit_avx512},
+     group_sums_avx512, adamw_avx512, adamw_8bit_avx512},
     {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_amx, nf4_linear_decode_avx512, 12,
-     8, 4, nf4_linear_grad_input_avx512, nf4_linear_grad_input_amx, adamw_avx512, adamw_8bit_avx512},
+     8, 4, nf4_linear_grad_input_avx512, nf4_linear_grad_input_amx, group_sums_avx512, adamw_avx512,
+     adamw_8bit_avx512},
     {nf4_quantize_avx512, nf4_dequantize_avx512, nf4_linear_avx512, nf4_linear_amx_emulated,
      nf4_linear_decode_avx512, 12, 8, 4, nf4_linear_grad_input_avx512, nf4_linear_grad_input_amx_emulated,
-     adamw_avx512, adamw_8bit_avx512},
+     group_sums_avx512, adamw_avx512, adamw_8bit_avx512},
 #endif
 };
 
@@ -62,7 +67,9 @@ constexpr int64_t kWorkPerThread = 1 << 18;
 // The decode kernels hold whole rows of x and u, at 4 bytes a column: no more than a few MiB of scratch.
 constexpr int64_t kDecodeColumns = 1 << 20;
 
-bool decode_fits(const Nf4LinearArgs& a) { return a.weight.k > 0 && a.weight.k <= kDecodeColumns - a.r; }
+bool decode_fits(const Nf4LinearArgs& a) {
+  return a.weight.k > 0 && a.weight.k <= kDecodeColumns - a.r - a.weight.groups;
+}
 
 int32_t useful_threads(int32_t threads, int64_t m, const Nf4Weight& w, int64_t r) {
   const auto work = static_cast<double>(m) * static_cast<double>(w.n * w.k + r * (w.n + w.k));
@@ -72,7 +79,9 @@ int32_t useful_threads(int32_t threads, int64_t m, const Nf4Weight& w, int64_t r
 
 bool valid_dtype(DType d) { return static_cast<int32_t>(d) >= 0 && static_cast<int32_t>(d) <= 2; }
 
-bool valid_weight(const Nf4Weight& w) { return w.n >= 0 && w.k >= 0 && valid_blocksize(w.blocksize); }
+bool valid_weight(const Nf4Weight& w) {
+  return w.n >= 0 && w.k >= 0 && valid_blocksize(w.blocksize) && valid_offsets(w);
+}
 
 }  // namespace
 
@@ -96,8 +105,11 @@ Status nf4_dequantize(const Nf4DequantizeArgs& args, Isa isa) {
   const Level* level = level_of(isa);
   if (level == nullptr) return Status::kUnsupportedLevel;
   if (!valid_weight(args.weight)) return Status::kBadArgument;
+  if (args.weight.groups > 0 && args.dtype != DType::kFloat32) return Status::kBadArgument;
   if (args.weight.n == 0 || args.weight.k == 0) return Status::kOk;
-  return level->dequantize(args);
+  const Status status = level->dequantize(args);
+  if (status == Status::kOk && args.weight.groups > 0) add_offsets(args);
+  return status;
 }
 
 Status nf4_linear(const Nf4LinearArgs& args, Isa isa) {
@@ -107,9 +119,11 @@ Status nf4_linear(const Nf4LinearArgs& args, Isa isa) {
   if (args.m == 0 || (args.weight.n == 0 && args.r == 0)) return Status::kOk;
   Nf4LinearArgs a = args;
   a.threads = useful_threads(args.threads, args.m, args.weight, args.r);
-  if (level->linear_decode != nullptr && a.m <= level->decode_rows(a.dtype) && decode_fits(a))
-    return level->linear_decode(a);
-  return a.dtype == DType::kBFloat16 ? level->linear_bf16(a) : level->linear(a);
+  return with_sums(a, isa, [&](const Nf4LinearArgs& call) {
+    if (level->linear_decode != nullptr && call.m <= level->decode_rows(call.dtype) && decode_fits(call))
+      return level->linear_decode(call);
+    return call.dtype == DType::kBFloat16 ? level->linear_bf16(call) : level->linear(call);
+  });
 }
 
 Status nf4_linear_grad_input(const Nf4LinearGradInputArgs& args, Isa isa) {
@@ -119,7 +133,14 @@ Status nf4_linear_grad_input(const Nf4LinearGradInputArgs& args, Isa isa) {
   if (args.m == 0 || (args.weight.k == 0 && args.r == 0)) return Status::kOk;
   Nf4LinearGradInputArgs a = args;
   a.threads = useful_threads(args.threads, args.m, args.weight, args.r);
-  return a.dtype == DType::kBFloat16 ? level->grad_input_bf16(a) : level->grad_input(a);
+  return with_per_group(a, [&](const Nf4LinearGradInputArgs& call) {
+    return call.dtype == DType::kBFloat16 ? level->grad_input_bf16(call) : level->grad_input(call);
+  });
+}
+
+Status cpu::group_sums(const GroupSumsArgs& args, Isa isa) {
+  const Level* level = level_of(isa);
+  return level == nullptr ? Status::kUnsupportedLevel : level->group_sums(args);
 }
 
 Status adamw(const AdamwArgs& args, Isa isa) {

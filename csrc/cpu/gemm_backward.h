@@ -1,4 +1,4 @@
-// out (m, src.k) = dy·src + v·ext.
+// out (m, src.k) = dy·src + v·ext + per_group of each column's group.
 #pragma once
 
 #include "gemm_fill.h"
@@ -14,12 +14,14 @@ struct Backward {
   const void* dy;  // (m, n), dtype
   int64_t m, n, k;
   DType dtype;
-  Source source;                  // Nf4Weight or DenseRows, (n, k)
-  const void* v;                  // (m, r), dtype
-  DenseRows ext;                  // (r, k)
-  void* out;                      // (m, k), dtype
-  const float* addend = nullptr;  // (m, k)
-  Beside beside = {};             // where rows of dy and out lie, and what comes on top
+  Source source;                    // Nf4Weight or DenseRows, (n, k)
+  const void* v;                    // (m, r), dtype
+  DenseRows ext;                    // (r, k)
+  void* out;                        // (m, k), dtype
+  const float* addend = nullptr;    // (m, k)
+  Beside beside = {};               // where rows of dy and out lie, and what comes on top
+  const void* per_group = nullptr;  // (m, groups), dtype, in the order of out's rows
+  int64_t groups = 0;
   DenseRows up = {};  // (n, r): if given, v is not read but computed from the same packed dy, and written
   Plan plan = {};
   int64_t runs = 0;
@@ -213,6 +215,10 @@ struct Backward {
         for (int64_t j = 0; j < count; ++j) line[j] = from[j] + addend[at_out + j];
         from = line;
       }
+      if (groups > 0) {
+        add_group_values(from, per_group, dtype, beside.to(row0 + i) * groups, k / groups, k0, count, line);
+        from = line;
+      }
       L::store_row(from, count, dtype, element_ptr(out, at_out, dtype));
     }
   }
@@ -285,10 +291,10 @@ struct Backward {
   Status run(int32_t threads) {
     runs = ceil_div(k, G::kRun);
     if constexpr (kQuantized && requires { L::kRunsTogether; }) {
-      plan = make_plan<L>(m, n, 1, ext.n, L::kBackwardRows, G::kStripRows, G::kRun * 4, L::kBackwardBytes);
+      plan = make_plan<L>(m, n, 1, ext.n, 0, L::kBackwardRows, G::kStripRows, G::kRun * 4, L::kBackwardBytes);
       plan.units_per_c = max64(plan.units_per_c, L::kRunsTogether);
     } else {
-      plan = make_plan<L>(m, n, 1, ext.n, L::kBackwardRows, G::kStripRows, G::kRun * 4);
+      plan = make_plan<L>(m, n, 1, ext.n, 0, L::kBackwardRows, G::kStripRows, G::kRun * 4);
     }
     out_of_memory = false;
     parallel_ranges(

@@ -4,6 +4,7 @@
 
 #include "gemm_backward.h"
 #include "gemm_forward.h"
+#include "gemm_offsets.h"
 
 namespace fastlora::cpu {
 namespace {
@@ -38,13 +39,18 @@ Status gemm_linear(const Nf4LinearArgs& a) {
                              .ext = {a.lora_b, a.lora_dtype, a.weight.n, a.r, a.scaling},
                              .bias = a.bias,
                              .out = a.y,
-                             .addend = a.addend};
+                             .addend = a.addend,
+                             .sums = a.sums,
+                             .offsets = offsets_of(a.weight)};
   if (a.r > 0 && a.lora_a != nullptr && projects) base.down = down;
   return base.run(a.threads);
 }
 
 template <class L>
 Status gemm_grad_input(const Nf4LinearGradInputArgs& a) {
+  if (const Status status = offset_product<L>(a.dy, a.m, a.weight, a.dtype, a.per_group, a.threads);
+      status != Status::kOk)
+    return status;
   const DenseRows up = {a.lora_b, a.lora_dtype, a.weight.n, a.r, a.scaling};
   const bool projects = L::kProjects && a.r <= kMostProjected && a.weight.n > 0 && a.weight.k > 0;
   if (a.r > 0 && !projects) {
@@ -68,7 +74,9 @@ Status gemm_grad_input(const Nf4LinearGradInputArgs& a) {
                               .v = a.v,
                               .ext = {a.lora_a, a.lora_dtype, a.r, a.weight.k, 1.0f},
                               .out = a.dx,
-                              .addend = a.addend};
+                              .addend = a.addend,
+                              .per_group = a.per_group,
+                              .groups = a.weight.groups};
   if (a.r > 0 && projects) base.up = up;
   return base.run(a.threads);
 }

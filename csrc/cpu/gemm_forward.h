@@ -1,4 +1,4 @@
-// out (m, src.n) = x·srcᵀ + u·extᵀ + bias.
+// out (m, src.n) = x·srcᵀ + u·extᵀ + sums·offsetsᵀ + bias.
 #pragma once
 
 #include "gemm_fill.h"
@@ -22,7 +22,9 @@ struct Forward {
   const float* addend = nullptr;  // (m, n)
   Beside beside = {};             // where rows of x and out lie, and what comes on top
   int64_t x_ld = 0, out_ld = 0;   // where they differ from k and n
-  DenseRows down = {};  // (r, k): if given, u is not read but computed from the same packed x, and written
+  DenseRows down = {};          // (r, k): if given, u is not read but computed from the same packed x, and written
+  const float* sums = nullptr;  // (m, groups), in the order of x's rows
+  DenseRows offsets = {};       // (n, groups)
   Plan plan = {};
   int64_t strips = 0;
   bool out_of_memory = false;
@@ -32,8 +34,9 @@ struct Forward {
 
   // A thread's buffers, and what they hold.
   struct Scratch {
-    uint8_t* packed;     // x: chunk_blocks of a row block
-    uint8_t* packed_u;   // u: rank_chunk of it
+    uint8_t* packed;    // x: chunk_blocks of a row block
+    uint8_t* packed_u;  // u: rank_chunk of it
+    uint8_t* packed_sums;
     uint8_t* strips[2];  // the one multiplied and the one being filled
     uint8_t* rank_strip;
     float* c;
@@ -175,6 +178,9 @@ struct Forward {
         plan.rank_chunk == plan.rank_blocks) {
       Pack<L>::pack_panels(u, dtype, ext.k, row0, rows, 0, ext.k, plan.rank_blocks, false, scratch.packed_u);
     }
+    if (row0 != scratch.packed_row && plan.group_blocks > 0 && plan.group_chunk == plan.group_blocks) {
+      pack_sums(row0, rows, 0, plan.group_blocks, scratch);
+    }
     if (row0 != scratch.packed_row || at.chunk != scratch.packed_chunk) {
       Pack<L>::pack_panels(x, dtype, x_ld > 0 ? x_ld : k, row0, rows, at.chunk * plan.chunk_blocks * G::kPerVector,
                            k, chunk_of(at), true, scratch.packed, beside.from);
@@ -182,6 +188,11 @@ struct Forward {
       scratch.packed_chunk = at.chunk;
       if (down.data != nullptr && scratch.projected_row != row0) project(at, scratch);
     }
+  }
+
+  void pack_sums(int64_t row0, int64_t rows, int64_t q, int64_t blocks, Scratch& scratch) const {
+    Pack<L>::pack_panels(sums, DType::kFloat32, offsets.k, row0, rows, q * G::kPerVector, offsets.k, blocks, false,
+                         scratch.packed_sums, beside.from);
   }
 
   // This chunk's part of u = x·downᵀ of the row block. Every thread that has a part of the block computes all of
@@ -216,21 +227,32 @@ struct Forward {
     }
   }
 
-  // The low-rank term of a finished strip: s·B is one more strip against packed u.
-  void extend(const Place& at, Scratch& scratch, uint8_t* strip, float* c, bool resident) const {
-    const int64_t row0 = row_of(at), rows = min64(plan.row_block, m - row0), panels = ceil_div(rows, kPanel);
+  // The low-rank terms of a finished strip: s·B is one more strip against packed u, offsets against packed sums.
+  void extend(const Place& at, Scratch& scratch, float* c, bool resident) const {
+    const int64_t row0 = row_of(at), rows = min64(plan.row_block, m - row0);
+    extend_by(ext, plan.rank_blocks, plan.rank_chunk, scratch.packed_u, at, scratch, c, resident,
+              plan.group_blocks == 0, [&](int64_t q, int64_t blocks) {
+                Pack<L>::pack_panels(u, dtype, ext.k, row0, rows, q * G::kPerVector, ext.k, blocks, false,
+                                     scratch.packed_u);
+              });
+    extend_by(offsets, plan.group_blocks, plan.group_chunk, scratch.packed_sums, at, scratch, c, resident, true,
+              [&](int64_t q, int64_t blocks) { pack_sums(row0, rows, q, blocks, scratch); });
+  }
+
+  template <class Packer>
+  void extend_by(const DenseRows& term, int64_t blocks, int64_t chunk, const uint8_t* packed, const Place& at,
+                 Scratch& scratch, float* c, bool resident, bool last_term, Packer&& pack_again) const {
+    const int64_t panels = ceil_div(min64(plan.row_block, m - row_of(at)), kPanel);
     NoFiller none;
-    for (int64_t q = 0; q < plan.rank_blocks; q += plan.rank_chunk) {
-      const int64_t here = min64(plan.rank_chunk, plan.rank_blocks - q);
-      if (plan.rank_chunk != plan.rank_blocks) {  // a rank in the thousands: u is packed again for every strip
-        Pack<L>::pack_panels(u, dtype, ext.k, row0, rows, q * G::kPerVector, ext.k, here, false, scratch.packed_u);
-      }
+    for (int64_t q = 0; q < blocks; q += chunk) {
+      const int64_t here = min64(chunk, blocks - q);
+      if (chunk != blocks) pack_again(q, here);  // a rank in the thousands: for every strip
       for (int64_t b = 0; b < here; b += L::kStripBlocks) {
         const int64_t now = min64(L::kStripBlocks, here - b);
-        Pack<L>::strip_of(ext, strip_of(at) * G::kStripRows, strip_rows(at), (q + b) * G::kPerVector, now, false,
-                          strip);
-        const bool last = q + b + now == plan.rank_blocks;
-        multiply(strip, strip_rows(at), scratch.packed_u, panels, here, b, now, c, plan.row_block,
+        Pack<L>::strip_of(term, strip_of(at) * G::kStripRows, strip_rows(at), (q + b) * G::kPerVector, now, false,
+                          scratch.rank_strip);
+        const bool last = last_term && q + b + now == blocks;
+        multiply(scratch.rank_strip, strip_rows(at), packed, panels, here, b, now, c, plan.row_block,
                  {resident ? FromC::kKeep : FromC::kLoad, !resident || last}, none);
       }
     }
@@ -269,15 +291,17 @@ struct Forward {
 
   bool take_scratch(Scratch& scratch) const {
     const int64_t packed = plan.row_block * plan.chunk_blocks * 64, rank = plan.row_block * plan.rank_chunk * 64;
+    const int64_t group = plan.row_block * plan.group_chunk * 64;
     const int64_t strip = L::kStripBlocks * G::kStripBlockBytes, all_c = plan.units_per_c * c_floats() * 4;
     const int64_t absmax = round_up((G::kStripRows * absmax_stride() + kAbsmaxSlack) * 4, 64);
     const int64_t c_u = round_up(down.n, G::kStripRows) * plan.row_block * 4, rows_u = plan.row_block * down.n * 4;
     auto* base = static_cast<uint8_t*>(
-        thread_scratch(static_cast<size_t>(packed + rank + 3 * strip + all_c + absmax + c_u + rows_u)));
+        thread_scratch(static_cast<size_t>(packed + rank + group + 3 * strip + all_c + absmax + c_u + rows_u)));
     if (base == nullptr) return false;
-    uint8_t* after = base + 3 * strip + packed + rank;
+    uint8_t* after = base + 3 * strip + packed + rank + group;
     scratch = {.packed = base + 3 * strip,
                .packed_u = base + 3 * strip + packed,
+               .packed_sums = base + 3 * strip + packed + rank,
                .strips = {base, base + strip},
                .rank_strip = base + 2 * strip,
                .c = reinterpret_cast<float*>(after),
@@ -321,14 +345,14 @@ struct Forward {
       const Visit visit{.from = resident && !first       ? FromC::kKeep
                                 : first && at.chunk == 0 ? FromC::kZero
                                                          : FromC::kLoad,
-                        .store = !resident || (last && !(done && plan.rank_blocks > 0))};
+                        .store = !resident || (last && !(done && plan.rank_blocks + plan.group_blocks > 0))};
       float* c = scratch.c + at.s * c_floats();
       overlap(at, more ? &next : nullptr, scratch, scratch.strips[turn ^ 1], [&](auto& filler) {
         multiply(scratch.strips[turn], strip_rows(at), scratch.packed, panels, chunk_of(at), at.b, piece_of(at), c,
                  plan.row_block, visit, filler);
       });
       if (done) {
-        extend(at, scratch, scratch.rank_strip, c, resident);
+        extend(at, scratch, c, resident);
         if constexpr (Beside::kAdds) {
           const int64_t row0 = row_of(at);
           beside.start(state, row0, min64(plan.row_block, m - row0));
@@ -344,7 +368,7 @@ struct Forward {
 
   Status run(int32_t threads) {
     strips = ceil_div(n, G::kStripRows);
-    plan = make_plan<L>(m, k, G::kVectors, ext.k, L::kForwardRows, kPanel, G::kStripRows * 4);
+    plan = make_plan<L>(m, k, G::kVectors, ext.k, offsets.k, L::kForwardRows, kPanel, G::kStripRows * 4);
     out_of_memory = false;
     parallel_ranges(
         total_cost(m, plan.row_block, strips), threads,

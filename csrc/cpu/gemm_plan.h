@@ -27,26 +27,31 @@ struct Plan {
   int64_t blocks;        // 64-byte blocks of the whole contraction
   int64_t chunk_blocks;  // of them packed at a time
   int64_t chunks;
-  int64_t rank_blocks;  // blocks of the low-rank extension
-  int64_t rank_chunk;   // of them packed at a time
+  int64_t rank_blocks;   // blocks of the low-rank extension
+  int64_t rank_chunk;    // of them packed at a time
+  int64_t group_blocks;  // the same of the weight's offsets
+  int64_t group_chunk;
   int64_t units_per_c;  // strips (runs) whose C is kept while the chunks go by
 };
 
 template <class L>
-Plan make_plan(int64_t m, int64_t contraction, int64_t step_blocks, int64_t r, int64_t rows, int64_t row_step,
-               int64_t c_bytes_per_row, int64_t packed_bytes = L::kPackedBytes) {
+Plan make_plan(int64_t m, int64_t contraction, int64_t step_blocks, int64_t r, int64_t groups, int64_t rows,
+               int64_t row_step, int64_t c_bytes_per_row, int64_t packed_bytes = L::kPackedBytes) {
   constexpr int64_t kPerVector = Gemm<L>::kPerVector;
   Plan plan;
   plan.rank_blocks = ceil_div(r, kPerVector);
+  plan.group_blocks = ceil_div(groups, kPerVector);
   plan.blocks = round_up(ceil_div(contraction, kPerVector), step_blocks);
   // A short contraction leaves room for more rows, and more rows share one dequantising.
   const int64_t room = packed_bytes / (64 * max64(plan.blocks, 1)) / row_step * row_step;
   const int64_t most_rows = max64(rows, min64(room, 2 * rows));
   plan.row_block = round_up(ceil_div(m, ceil_div(m, most_rows)), row_step);
-  while (plan.row_block > row_step && plan.rank_blocks * 64 * plan.row_block > packed_bytes) {
+  while (plan.row_block > row_step &&
+         max64(plan.rank_blocks, plan.group_blocks) * 64 * plan.row_block > packed_bytes) {
     plan.row_block = round_up(plan.row_block / 2, row_step);
   }
   plan.rank_chunk = min64(plan.rank_blocks, packed_bytes / (plan.row_block * 64));
+  plan.group_chunk = min64(plan.group_blocks, packed_bytes / (plan.row_block * 64));
   const int64_t most = max64(1, packed_bytes / (plan.row_block * 64) / step_blocks);
   const int64_t steps = max64(1, plan.blocks / step_blocks);
   plan.chunks = ceil_div(steps, most);

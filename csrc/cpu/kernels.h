@@ -42,6 +42,19 @@ Status adamw_8bit_scalar(const Adamw8bitArgs& args);
 Status adamw_8bit_avx2(const Adamw8bitArgs& args);
 Status adamw_8bit_avx512(const Adamw8bitArgs& args);
 
+// Sums of the columns of x over each group, for a weight with offsets.
+struct GroupSumsArgs {
+  const void* x;  // (m, k), dtype
+  DType dtype;
+  int64_t m, k, groups;  // groups divides k
+  float* sums;           // (m, groups), out
+  int32_t threads;
+};
+Status group_sums_scalar(const GroupSumsArgs& args);
+Status group_sums_avx2(const GroupSumsArgs& args);
+Status group_sums_avx512(const GroupSumsArgs& args);
+Status group_sums(const GroupSumsArgs& args, Isa isa);  // by the best of these
+
 // Whether nf4_linear takes the kernel for a few rows.
 bool takes_decode(Isa isa, DType dtype, int64_t m, const Nf4Weight& weight);
 

@@ -345,6 +345,14 @@ void group_outputs(const Job& job, const Row* rows, int64_t n0, int count) {
         sums[o][i] = _mm256_fmadd_ps(b, _mm256_load_ps(rows[i].low_rank + q), sums[o][i]);
       }
     }
+    const int64_t groups = a.weight.groups;
+    const float* offsets = groups == 0 ? nullptr : a.weight.offsets + (n0 + o) * groups;
+    for (int64_t q = 0; q < groups; q += 8) {
+      const __m256 b = load8_of(offsets, q, groups, DType::kFloat32);
+      for (int i = 0; i < kIn; ++i) {
+        sums[o][i] = _mm256_fmadd_ps(b, _mm256_load_ps(rows[i].sums + q), sums[o][i]);
+      }
+    }
     const float bias = a.bias == nullptr ? 0.0f : load_as_float(a.bias, n0 + o, a.dtype);
     for (int i = 0; i < kIn; ++i) {
       const int64_t at = rows[i].index * a.weight.n + n0 + o;

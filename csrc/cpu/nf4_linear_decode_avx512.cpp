@@ -305,6 +305,13 @@ void output_rows(const Job& job, const Row* rows, int64_t n0) {
         sums[o][i] = _mm512_fmadd_ps(b, _mm512_load_ps(rows[i].low_rank + q), sums[o][i]);
       }
     }
+    for (int64_t q = 0; q < a.weight.groups; q += 16) {
+      const float* offsets = a.weight.offsets + (n0 + o) * a.weight.groups + q;
+      const __m512 b = _mm512_maskz_loadu_ps(mask16(a.weight.groups - q), offsets);
+      for (int i = 0; i < kIn; ++i) {
+        sums[o][i] = _mm512_fmadd_ps(b, _mm512_load_ps(rows[i].sums + q), sums[o][i]);
+      }
+    }
     const float bias = a.bias == nullptr ? 0.0f : load_as_float(a.bias, n0 + o, a.dtype);
     for (int i = 0; i < kIn; ++i) {
       const int64_t at = rows[i].index * a.weight.n + n0 + o;

@@ -1,6 +1,7 @@
 // What the kernels for a few rows of x share: y = x·Wᵀ + s·u·Bᵀ + bias in one pass over the packed bytes of W,
-// nothing dequantised to memory, the low-rank term and the bias added to the same accumulators. A level L brings
-// the arithmetic; this file splits x, shares out the work and picks one of two routes for every row of x.
+// nothing dequantised to memory, the low-rank term, the offsets' and the bias added to the same accumulators. A
+// level L brings the arithmetic; this file splits x, shares out the work and picks one of two routes for every row
+// of x.
 //
 // Integer route (16-bit x, blocks of whole 64 columns): codes are 14-bit integers round(8191 * code); x is split
 // once into 16-bit integers with one scale per 64 columns; products and their sums are exact in int32, and are
@@ -33,6 +34,7 @@ struct Row {
   const float* floats;      // [run][L::kRun] in the order of the level's look-up, the float route
   float unit;               // of `floats`
   const float* low_rank;    // [r_pad]: scaling * u
+  const float* sums;        // [s_pad]: those of its groups, for a weight with offsets
   int64_t index;            // row of y
 };
 
@@ -40,7 +42,7 @@ struct Job {
   const Nf4LinearArgs& a;
   int64_t row0;  // rows [row0, row0 + rows) of x are this job's
   int rows;
-  int64_t runs, padded_k, r_pad;
+  int64_t runs, padded_k, r_pad, s_pad;
   bool blocks_aligned;  // every kScaleColumns columns of W have one absmax
   uint8_t* scratch;
   int64_t row_bytes;  // of scratch, a row of x
@@ -53,6 +55,7 @@ struct Job {
   int16_t* integers(int i) const { return reinterpret_cast<int16_t*>(scratch + i * row_bytes); }
   float* scales(int i) const { return reinterpret_cast<float*>(integers(i) + padded_k); }
   float* low_rank(int i) const { return floats(i) + padded_k; }
+  float* sums(int i) const { return low_rank(i) + r_pad; }
 };
 
 // The 16 codes of the integer route.
@@ -127,7 +130,7 @@ void second_phase(void* context, int64_t begin, int64_t end) {
   int integers = 0, reals = 0;
   for (int i = 0; i < job.rows; ++i) {
     Row& row = job.integer_row[i] ? integer[integers++] : real[reals++];
-    row = {job.integers(i), job.scales(i), job.floats(i), job.unit[i], job.low_rank(i), job.row0 + i};
+    row = {job.integers(i), job.scales(i), job.floats(i), job.unit[i], job.low_rank(i), job.sums(i), job.row0 + i};
   }
   if (integers > 0) L::template outputs<true>(job, integer, integers, begin, end);
   if (reals > 0) L::template outputs<false>(job, real, reals, begin, end);
@@ -137,7 +140,8 @@ template <class L>
 Status decode_linear(const Nf4LinearArgs& a) {
   constexpr int64_t kScratchBytes = 4 << 20;
   const int64_t runs = ceil_div(a.weight.k, L::kRun), padded_k = runs * L::kRun, r_pad = round_up(a.r, L::kLanes);
-  const int64_t row_bytes = max64(64, round_up((padded_k + r_pad) * 4, 64));
+  const int64_t groups = a.weight.groups, s_pad = round_up(groups, L::kLanes);
+  const int64_t row_bytes = max64(64, round_up((padded_k + r_pad + s_pad) * 4, 64));
   const int64_t most = max64(1, min64(kMaxRows, kScratchBytes / row_bytes));
   for (int64_t row0 = 0; row0 < a.m; row0 += most) {
     const int rows = static_cast<int>(min64(most, a.m - row0));
@@ -149,6 +153,7 @@ Status decode_linear(const Nf4LinearArgs& a) {
             .runs = runs,
             .padded_k = padded_k,
             .r_pad = r_pad,
+            .s_pad = s_pad,
             .blocks_aligned = a.weight.k % kScaleColumns == 0 && a.weight.blocksize % kScaleColumns == 0,
             .scratch = scratch,
             .row_bytes = row_bytes,
@@ -161,6 +166,7 @@ Status decode_linear(const Nf4LinearArgs& a) {
       for (int64_t q = 0; q < r_pad; ++q) {
         low_rank[q] = q < a.r ? a.scaling * load_as_float(a.u, (row0 + i) * a.r + q, a.dtype) : 0.0f;
       }
+      for (int64_t q = 0; q < s_pad; ++q) job.sums(i)[q] = q < groups ? a.sums[(row0 + i) * groups + q] : 0.0f;
     }
     parallel_ranges(a.weight.n, a.threads, second_phase<L>, &job);
   }

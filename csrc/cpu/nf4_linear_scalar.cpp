@@ -72,6 +72,9 @@ void forward_range(void* context, int64_t begin, int64_t end) {
           sum += load_as_float(a.u, (i0 + i) * a.r + q, a.dtype) *
                  (a.scaling * load_as_float(a.lora_b, o * a.r + q, a.lora_dtype));
         }
+        for (int64_t q = 0; q < w.groups; ++q) {
+          sum += a.sums[(i0 + i) * w.groups + q] * w.offsets[o * w.groups + q];
+        }
         if (a.bias != nullptr) sum += load_as_float(a.bias, o, a.dtype);
         if (a.addend != nullptr) sum += a.addend[(i0 + i) * w.n + o];
         store_from_float(a.y, (i0 + i) * w.n + o, a.dtype, sum);
@@ -98,6 +101,13 @@ void backward_range(void* context, int64_t begin, int64_t end) {
         }
         store_from_float(a.v, i * a.r + q, a.dtype, sum);
       }
+      for (int64_t q = 0; q < w.groups; ++q) {
+        float sum = 0.0f;
+        for (int64_t o = 0; o < w.n; ++o) {
+          sum += load_as_float(a.dy, i * w.n + o, a.dtype) * w.offsets[o * w.groups + q];
+        }
+        store_from_float(a.per_group, i * w.groups + q, a.dtype, sum);
+      }
     }
     for (int64_t first = 0; first < w.k; first += kPiece) {
       const int64_t count = min64(kPiece, w.k - first);
@@ -117,6 +127,10 @@ void backward_range(void* context, int64_t begin, int64_t end) {
           for (int64_t j = 0; j < count; ++j) {
             sums[i][j] += g * load_as_float(a.lora_a, q * w.k + first + j, a.lora_dtype);
           }
+        }
+        for (int64_t j = 0; j < count && w.groups > 0; ++j) {
+          const int64_t group = (first + j) / (w.k / w.groups);
+          sums[i][j] += load_as_float(a.per_group, (i0 + i) * w.groups + group, a.dtype);
         }
         for (int64_t j = 0; j < count; ++j) {
           const int64_t at = (i0 + i) * w.k + first + j;

@@ -3,6 +3,7 @@
 
 #include "fastlora/cpu.h"
 #include "fastlora/nf4_linear.h"
+#include "group_offsets.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "segmented_job.h"
@@ -59,7 +60,8 @@ const Level* level_of(Isa isa) {
 
 bool valid_weight(const Nf4Weight& w) {
   const int64_t b = w.blocksize;
-  return w.n >= 0 && w.k >= 0 && b >= kMinBlocksize && b <= kMaxBlocksize && (b & (b - 1)) == 0;
+  return w.n >= 0 && w.k >= 0 && b >= kMinBlocksize && b <= kMaxBlocksize && (b & (b - 1)) == 0 &&
+         valid_offsets(w);
 }
 
 void zero(void* data, int64_t count, DType dtype) {
@@ -210,7 +212,8 @@ Status nf4_multi_lora_linear(const Nf4MultiLoraLinearArgs& a) {
   status = shrink(*level, job, true, a.x, a.u, a.batch_invariant);
   if (status != Status::kOk || w.n == 0) return status;
   const auto gemm = a.dtype == DType::kBFloat16 ? level->linear_bf16 : level->linear;
-  if (gemm != nullptr && (a.batch_invariant || !takes_decode(a.isa, a.dtype, a.m, w))) return gemm(a, job);
+  if (gemm != nullptr && (a.batch_invariant || !takes_decode(a.isa, a.dtype, a.m, w)))
+    return with_sums(a, a.isa, [&](const Nf4MultiLoraLinearArgs& call) { return gemm(call, job); });
   return by_addend(*level, job, true, a.u, [&](int64_t first, int64_t rows, const float* addend) {
     return nf4_linear({.x = element_ptr(a.x, first * w.k, a.dtype),
                        .weight = w,
@@ -242,7 +245,8 @@ Status nf4_multi_lora_grad_input(const Nf4MultiLoraGradInputArgs& a) {
   status = shrink(*level, job, false, a.dy, a.v, a.batch_invariant);
   if (status != Status::kOk || w.k == 0) return status;
   const auto gemm = a.dtype == DType::kBFloat16 ? level->grad_input_bf16 : level->grad_input;
-  if (gemm != nullptr) return gemm(a, job);
+  if (gemm != nullptr)
+    return with_per_group(a, [&](const Nf4MultiLoraGradInputArgs& call) { return gemm(call, job); });
   return by_addend(*level, job, false, a.v, [&](int64_t first, int64_t rows, const float* addend) {
     return nf4_linear_grad_input({.dy = element_ptr(a.dy, first * w.n, a.dtype),
                                   .weight = w,

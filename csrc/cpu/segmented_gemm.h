@@ -4,6 +4,7 @@
 
 #include "gemm_backward.h"
 #include "gemm_forward.h"
+#include "gemm_offsets.h"
 #include "segmented_beside.h"
 
 namespace fastlora::cpu {
@@ -36,12 +37,17 @@ Status gemm_multi_linear(const Nf4MultiLoraLinearArgs& a, const SegmentedJob& jo
                                                     .ext = {},
                                                     .bias = a.bias,
                                                     .out = a.y,
-                                                    .beside = beside};
+                                                    .beside = beside,
+                                                    .sums = a.sums,
+                                                    .offsets = offsets_of(a.weight)};
   return base.run(job.threads);
 }
 
 template <class L, class V>
 Status gemm_multi_grad_input(const Nf4MultiLoraGradInputArgs& a, const SegmentedJob& job) {
+  if (const Status status = offset_product<L>(a.dy, a.m, a.weight, a.dtype, a.per_group, job.threads);
+      status != Status::kOk)
+    return status;
   AdaptersBackward<L, V> beside;
   beside.job = &job;
   beside.side = &job.a;
@@ -57,7 +63,9 @@ Status gemm_multi_grad_input(const Nf4MultiLoraGradInputArgs& a, const Segmented
                                                       .v = nullptr,
                                                       .ext = {},
                                                       .out = a.dx,
-                                                      .beside = beside};
+                                                      .beside = beside,
+                                                      .per_group = a.per_group,
+                                                      .groups = a.weight.groups};
   return base.run(job.threads);
 }
 

@@ -4,11 +4,13 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #include "cpu/numeric.h"
@@ -115,6 +117,8 @@ struct Weight {
   int64_t n, k, blocksize, blocks;
   Buffer packed, scales, nested;
   bool double_quantised;
+  int64_t groups = 0;
+  std::unique_ptr<Buffer> offsets;
 
   // `scale_alignment`: CUDA kernels are promised 4.
   Weight(Place place, Rng& rng, int64_t rows, int64_t cols, int64_t block, bool with_nested,
@@ -146,23 +150,42 @@ struct Weight {
     for (int64_t g = 0; g < cpu::ceil_div(blocks, kNestedBlocksize); ++g) put(nested, 1 + g, 0.0625f);
   }
 
+  // With as many groups as the shape's smallest divisor allows, up to 64 columns each.
+  void add_offsets(Place place, Rng& rng) {
+    if (k == 0) return;
+    int64_t group = k;
+    for (const int64_t size : {7, 3, 16, 32, 64}) group = k % size == 0 ? size : group;
+    groups = k / group;
+    offsets = std::make_unique<Buffer>(place, 4 * n * groups, 4);
+    for (int64_t i = 0; i < n * groups; ++i) offset(i) = 0.02f * (static_cast<float>(rng.below(16)) - 8.0f);
+  }
+  float& offset(int64_t i) const { return reinterpret_cast<float*>(offsets->bytes())[i]; }
+
   Nf4Weight view() const {
     return {.packed = packed.bytes(),
             .scales = {.codes = scales.bytes(), .nested = double_quantised ? nested.bytes() : nullptr},
             .n = n,
             .k = k,
-            .blocksize = blocksize};
+            .blocksize = blocksize,
+            .offsets = groups > 0 ? &offset(0) : nullptr,
+            .groups = groups};
   }
 
-  // (n, k): code * absmax, each rounded to float32, as the format has it
-  std::vector<float> dense() const {
+  // (n, k): code * absmax + offset, each rounded to float32, as the format has it
+  std::vector<float> dense() const { return values(false); }
+  // What is multiplied: |code * absmax| + |offset|
+  std::vector<float> magnitudes() const { return values(true); }
+
+  std::vector<float> values(bool magnitude) const {
     std::vector<float> out(static_cast<size_t>(n * k));
     const float* map = nf4_dynamic_map();
     for (int64_t i = 0; i < n * k; ++i) {
       const int64_t column = i % k;
       const uint8_t byte = packed.bytes()[(i / k) * cpu::ceil_div(k, 2) + column / 2];
       const float absmax = cpu::block_absmax(view().scales, map, i / blocksize);
-      out[static_cast<size_t>(i)] = kNf4Codes[column % 2 == 0 ? byte >> 4 : byte & 15] * absmax;
+      const float value = kNf4Codes[column % 2 == 0 ? byte >> 4 : byte & 15] * absmax;
+      const float added = groups == 0 ? 0.0f : offset(i / k * groups + column / (k / groups));
+      out[static_cast<size_t>(i)] = magnitude ? std::fabs(value) + std::fabs(added) : value + added;
     }
     return out;
   }

@@ -26,14 +26,16 @@ struct Case {
   bool nested, bias, given_u;
   float scaling;
   Place place;
+  bool offsets = false;
 };
 
 void label(const char* op, Isa isa, const Case& c, int32_t threads) {
-  set_case("%s %s %s lora %s m %lld n %lld k %lld r %lld blocksize %lld%s%s%s scaling %g threads %d %s", op,
+  set_case("%s %s %s lora %s m %lld n %lld k %lld r %lld blocksize %lld%s%s%s scaling %g threads %d %s%s", op,
            isa_name(isa), dtype_name(c.dtype), dtype_name(c.lora_dtype), static_cast<long long>(c.m),
            static_cast<long long>(c.n), static_cast<long long>(c.k), static_cast<long long>(c.r),
            static_cast<long long>(c.blocksize), c.nested ? " nested" : "", c.bias ? " bias" : "",
-           c.given_u ? " given-u" : "", static_cast<double>(c.scaling), threads, place_name(c.place));
+           c.given_u ? " given-u" : "", static_cast<double>(c.scaling), threads, place_name(c.place),
+           c.offsets ? " offsets" : "");
 }
 
 Case random_case(Rng& rng, Place place) {
@@ -50,6 +52,7 @@ Case random_case(Rng& rng, Place place) {
   c.given_u = c.r > 0 && rng.below(4) == 0;
   c.scaling = rng.coin() ? 2.0f : 0.375f;
   c.place = place;
+  c.offsets = rng.below(3) == 0;
   return c;
 }
 
@@ -74,7 +77,8 @@ void* address(Tensor* tensor) { return tensor == nullptr ? nullptr : tensor->buf
 
 void linear_case(const Case& c, Rng& rng) {
   Tensor x(c.place, c.m * c.k, c.dtype);
-  const Weight weight(c.place, rng, c.n, c.k, c.blocksize, c.nested);
+  Weight weight(c.place, rng, c.n, c.k, c.blocksize, c.nested);
+  if (c.offsets) weight.add_offsets(c.place, rng);
   const std::unique_ptr<Tensor> bias(optional_tensor(c.bias, c.place, c.n, c.dtype));
   const std::unique_ptr<Tensor> lora_a(optional_tensor(c.r > 0 && !c.given_u, c.place, c.r * c.k, c.lora_dtype));
   const std::unique_ptr<Tensor> lora_b(optional_tensor(c.r > 0, c.place, c.n * c.r, c.lora_dtype));
@@ -90,7 +94,7 @@ void linear_case(const Case& c, Rng& rng) {
   if (u_in) u_in->fill_normal(rng, 1.0f);
 
   // Sums in float64: y and u, and the magnitudes that bound their errors.
-  const std::vector<float> w = weight.dense();
+  const std::vector<float> w = weight.dense(), sizes = weight.magnitudes();
   const Bound share = bound_of(c.dtype);
   std::vector<double> u(static_cast<size_t>(c.m * c.r)), u_size(u.size());
   std::vector<double> y(static_cast<size_t>(c.m * c.n)), y_bound(y.size());
@@ -113,9 +117,10 @@ void linear_case(const Case& c, Rng& rng) {
       for (int64_t j = 0; j < c.k; ++j) {
         const double wj = static_cast<double>(w[static_cast<size_t>(o * c.k + j)]);
         const double product = static_cast<double>(x[i * c.k + j]) * wj;
+        const double magnitude = static_cast<double>(sizes[static_cast<size_t>(o * c.k + j)]);
         sum += product;
-        size += std::fabs(product);
-        weights += std::fabs(wj);
+        size += std::fabs(static_cast<double>(x[i * c.k + j])) * magnitude;
+        weights += magnitude;
       }
       for (int64_t q = 0; q < c.r; ++q) {
         const double b = static_cast<double>(c.scaling) * static_cast<double>((*lora_b)[o * c.r + q]);
@@ -181,14 +186,15 @@ void linear_case(const Case& c, Rng& rng) {
 
 void grad_input_case(const Case& c, Rng& rng) {
   Tensor dy(c.place, c.m * c.n, c.dtype);
-  const Weight weight(c.place, rng, c.n, c.k, c.blocksize, c.nested);
+  Weight weight(c.place, rng, c.n, c.k, c.blocksize, c.nested);
+  if (c.offsets) weight.add_offsets(c.place, rng);
   const std::unique_ptr<Tensor> lora_a(optional_tensor(c.r > 0, c.place, c.r * c.k, c.lora_dtype));
   const std::unique_ptr<Tensor> lora_b(optional_tensor(c.r > 0, c.place, c.n * c.r, c.lora_dtype));
   dy.fill_normal(rng, 1.0f);
   if (lora_a) lora_a->fill_normal(rng, 0.2f);
   if (lora_b) lora_b->fill_normal(rng, 0.2f);
 
-  const std::vector<float> w = weight.dense();
+  const std::vector<float> w = weight.dense(), sizes = weight.magnitudes();
   const Bound share = bound_of(c.dtype);
   std::vector<double> v(static_cast<size_t>(c.m * c.r)), v_size(v.size());
   std::vector<double> dx(static_cast<size_t>(c.m * c.k)), dx_bound(dx.size());
@@ -211,9 +217,10 @@ void grad_input_case(const Case& c, Rng& rng) {
       for (int64_t o = 0; o < c.n; ++o) {
         const double wj = static_cast<double>(w[static_cast<size_t>(o * c.k + j)]);
         const double product = static_cast<double>(dy[i * c.n + o]) * wj;
+        const double magnitude = static_cast<double>(sizes[static_cast<size_t>(o * c.k + j)]);
         sum += product;
-        size += std::fabs(product);
-        weights += std::fabs(wj);
+        size += std::fabs(static_cast<double>(dy[i * c.n + o])) * magnitude;
+        weights += magnitude;
       }
       for (int64_t q = 0; q < c.r; ++q) {
         const double a = static_cast<double>((*lora_a)[q * c.k + j]);
@@ -280,21 +287,26 @@ constexpr Case kDirected[] = {
     {2, 24, 4304, 16, 64, DType::kBFloat16, DType::kBFloat16, true, false, false, 1.0f, Place::kBeforeGuard},
     {2, 24, 4304, 16, 64, DType::kFloat32, DType::kFloat32, false, false, false, 1.0f, Place::kAfterGuard},
     {130, 70, 600, 16, 64, DType::kBFloat16, DType::kFloat32, true, true, false, 0.5f, Place::kBeforeGuard},
+    {130, 70, 600, 16, 64, DType::kBFloat16, DType::kFloat32, true, true, false, 0.5f, Place::kBeforeGuard, true},
     {200, 40, 1030, 5, 128, DType::kBFloat16, DType::kBFloat16, true, true, true, 0.5f, Place::kHeap},
     {40, 600, 640, 16, 64, DType::kBFloat16, DType::kBFloat16, true, true, false, 0.5f, Place::kBeforeGuard},
     {17, 1030, 772, 40, 64, DType::kBFloat16, DType::kFloat32, true, false, false, 0.5f, Place::kBeforeGuard},
     {70, 530, 1184, 3, 32, DType::kBFloat16, DType::kBFloat16, false, true, false, 0.5f, Place::kAfterGuard},
     {130, 70, 600, 16, 64, DType::kFloat32, DType::kFloat32, true, true, false, 0.5f, Place::kBeforeGuard},
+    {130, 70, 600, 16, 64, DType::kFloat32, DType::kFloat32, true, true, false, 0.5f, Place::kBeforeGuard, true},
     {70, 300, 257, 33, 32, DType::kFloat16, DType::kFloat16, true, true, false, 0.5f, Place::kOddHeap},
     {33, 515, 96, 64, 4096, DType::kBFloat16, DType::kBFloat16, false, false, false, 2.0f, Place::kOddHeap},
     {1, 1, 8200, 1, 256, DType::kBFloat16, DType::kFloat32, true, true, false, 1.0f, Place::kBeforeGuard},
+    {1, 1, 8200, 1, 256, DType::kBFloat16, DType::kFloat32, true, true, false, 1.0f, Place::kBeforeGuard, true},
     {3, 4, 0, 2, 64, DType::kFloat32, DType::kFloat32, false, true, false, 1.0f, Place::kHeap},
     {1, 4, 0, 0, 64, DType::kBFloat16, DType::kFloat32, false, true, false, 1.0f, Place::kHeap},
     {3, 4, 0, 0, 64, DType::kBFloat16, DType::kFloat32, true, true, false, 1.0f, Place::kHeap},
     {2, 0, 0, 3, 64, DType::kFloat32, DType::kFloat32, true, true, false, 1.0f, Place::kHeap},
     {3, 0, 5, 2, 64, DType::kBFloat16, DType::kBFloat16, true, false, false, 1.0f, Place::kHeap},
+    {3, 0, 5, 2, 64, DType::kBFloat16, DType::kBFloat16, true, false, false, 1.0f, Place::kHeap, true},
     {4, 3, 70, 200, 64, DType::kBFloat16, DType::kFloat16, true, true, false, 1.0f, Place::kBeforeGuard},
     {18, 3, 6, 13000, 64, DType::kFloat32, DType::kFloat32, true, true, false, 1.0f, Place::kBeforeGuard},
+    {18, 3, 14000, 3, 64, DType::kBFloat16, DType::kBFloat16, true, true, false, 1.0f, Place::kBeforeGuard, true},
     {18, 3, 6, 33000, 64, DType::kBFloat16, DType::kBFloat16, true, true, false, 1.0f, Place::kBeforeGuard},
 };
 

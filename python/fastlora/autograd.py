@@ -76,8 +76,7 @@ def nf4_linear(
             f"nf4_linear: expected x of shape (..., {weight.shape[1]}) to match the weight "
             f"{tuple(weight.shape)}, got {tuple(x.shape)}"
         )
-    packed = (weight.packed, weight.scales, weight.nested, weight.blocksize)
-    return linear_from_parts(x, packed, bias, lora_a, lora_b, scaling, dropout)
+    return linear_from_parts(x, weight.parts, bias, lora_a, lora_b, scaling, dropout)
 
 
 def linear_from_parts(
@@ -120,7 +119,7 @@ def linear_from_parts(
     lora_a, lora_b = gathered(lora_a), gathered(lora_b)
     if seed is not None:
         return _forward_dropped(x, weight, bias, lora_a, lora_b, scaling, seed, dropout)[0]
-    return _linear(x, *weight, bias, lora_a, lora_b, scaling)
+    return _linear(x, *weight[:4], bias, lora_a, lora_b, scaling, weight[4])
 
 
 def _forward_dropped(
@@ -141,7 +140,7 @@ def _forward_dropped(
     assert lora_b is not None
     dropped = _dropout(x, seed, dropout)
     u = product(_rows(dropped), lora_a.to(x.dtype).t(), x.dtype).reshape(*x.shape[:-1], lora_a.shape[0])
-    return _linear_given_u(x, u, *weight, bias, lora_b, scaling), u
+    return _linear_given_u(x, u, *weight[:4], bias, lora_b, scaling, weight[4]), u
 
 
 def _autocast_is_on(device_type: str) -> bool:
@@ -167,6 +166,7 @@ class _Nf4Linear(torch.autograd.Function):
         scales: Tensor,
         nested: Tensor | None,
         blocksize: int,
+        offsets: Tensor | None,
         bias: Tensor | None,
         lora_a: Tensor | None,
         lora_b: Tensor | None,
@@ -174,32 +174,33 @@ class _Nf4Linear(torch.autograd.Function):
         seed: Tensor | None,
         dropout: float,
     ) -> Tensor:
-        weight = (packed, scales, nested, blocksize)
+        weight = (packed, scales, nested, blocksize, offsets)
         u: Tensor | None = None
         if lora_a is None:
-            y = _linear(x, *weight, bias, None, lora_b, scaling)  # refuses a lone lora_b
+            y = _linear(x, *weight[:4], bias, None, lora_b, scaling, offsets)  # refuses a lone lora_b
         elif seed is None:
-            y, u = _linear_with_u(x, *weight, bias, lora_a, lora_b, scaling)
+            y, u = _linear_with_u(x, *weight[:4], bias, lora_a, lora_b, scaling, offsets)
         else:
             y, u = _forward_dropped(x, weight, bias, lora_a, lora_b, scaling, seed, dropout)
-        learns_a, learns_b = ctx.needs_input_grad[6], ctx.needs_input_grad[7]
+        learns_a, learns_b = ctx.needs_input_grad[7], ctx.needs_input_grad[8]
         ctx.save_for_backward(
-            x if learns_a else None, u if learns_b else None, packed, scales, nested, lora_a, lora_b, seed
-        )
+            x if learns_a else None, u if learns_b else None, packed, scales, nested, offsets, lora_a, lora_b,
+            seed,
+        )  # fmt: skip
         ctx.blocksize, ctx.scaling, ctx.dropout, ctx.x_shape = blocksize, scaling, dropout, x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:8])
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[6:9])
         args = (dy, *ctx.saved_tensors, ctx.blocksize, ctx.scaling, ctx.dropout, ctx.x_shape, needs)
         # Only create_graph=True runs backward with gradients enabled.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             dx, dbias, da, db = _NoSecondDerivative.apply(_gradients, *args)
         else:
             dx, dbias, da, db = _gradients(*args)
-        return dx, None, None, None, None, dbias, da, db, None, None, None
+        return dx, None, None, None, None, None, dbias, da, db, None, None, None
 
 
 def _gradients(
@@ -209,6 +210,7 @@ def _gradients(
     packed: Tensor,
     scales: Tensor,
     nested: Tensor | None,
+    offsets: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,
     seed: Tensor | None,
@@ -229,18 +231,20 @@ def _gradients(
         assert u is not None
         u = _rows(u)
         if needs_x and seed is None:
-            dx, v, db = _backward(dy, u, packed, scales, nested, k, blocksize, lora_a, lora_b, scaling)
+            dx, v, db = _backward(
+                dy, u, packed, scales, nested, k, blocksize, lora_a, lora_b, scaling, offsets
+            )
         else:
             v, db = _grad_b(dy, u, lora_b, scaling)
     if needs_x and seed is None and dx is None:
-        dx, v = _grad_input(dy, packed, scales, nested, k, blocksize, lora_a, lora_b, scaling)
+        dx, v = _grad_input(dy, packed, scales, nested, k, blocksize, lora_a, lora_b, scaling, offsets)
     elif v is None and lora_a is not None and lora_b is not None and (needs_a or needs_x):
         v = product(dy, lora_b.to(dy.dtype), dy.dtype).mul_(scaling)
     if needs_x and dx is None:  # with dropout the low-rank half of dx passes through the mask
         assert lora_a is not None
         assert v is not None
         assert seed is not None
-        dx, _ = _grad_input(dy, packed, scales, nested, k, blocksize, None, None, scaling)
+        dx, _ = _grad_input(dy, packed, scales, nested, k, blocksize, None, None, scaling, offsets)
         dx = dx + _dropout(product(v, lora_a.to(dy.dtype), dy.dtype), seed, dropout)
     if needs_a:
         assert lora_a is not None

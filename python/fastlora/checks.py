@@ -15,12 +15,18 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-# A weight as the ops take it: packed, scales, nested, blocksize. A plain tuple is the cheapest to pass on.
-Packed: TypeAlias = tuple[Tensor, Tensor, Tensor | None, int]
+# A weight as the ops take it: packed, scales, nested, blocksize, offsets. A plain tuple is the cheapest to
+# pass on. The ops have offsets last, as most weights have none.
+Packed: TypeAlias = tuple[Tensor, Tensor, Tensor | None, int, Tensor | None]
 
 
 def block_count(count: int, blocksize: int) -> int:
     return -(-count // blocksize)
+
+
+def group_count(offsets: Tensor | None) -> int:
+    """Groups of columns a row that have an offset each."""
+    return 0 if offsets is None or not offsets.dim() else offsets.shape[-1] // 4
 
 
 def check_float(op: str, name: str, t: Tensor) -> None:
@@ -70,7 +76,7 @@ def check_matrix(op: str, packed: Tensor) -> int:
 
 def check_weight(op: str, weight: Packed, rows: int, cols: int, device: torch.device) -> None:
     """The parts of a (rows, cols) weight."""
-    packed, scales, nested, blocksize = weight
+    packed, scales, nested, blocksize, offsets = weight
     check_blocksize(op, blocksize)
     check_bytes(op, "packed", packed, device)
     check_bytes(op, "scales", scales, device)
@@ -78,6 +84,14 @@ def check_weight(op: str, weight: Packed, rows: int, cols: int, device: torch.de
     if nested is not None:
         check_bytes(op, "nested", nested, device)
     check_scales(op, scales, nested, block_count(rows * cols, blocksize))
+    if offsets is not None:
+        check_bytes(op, "offsets", offsets, device)
+        groups = group_count(offsets)
+        if offsets.dim() != 2 or offsets.shape != (rows, 4 * groups) or not groups or cols % groups:
+            raise ValueError(
+                f"{op}: expected offsets of shape ({rows}, 4 * groups), groups a divisor of {cols} columns, "
+                f"got {tuple(offsets.shape)}"
+            )
 
 
 def check_activation(op: str, name: str, t: Tensor, features: int, what: str) -> None:

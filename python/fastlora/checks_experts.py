@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from .checks import (
     NESTED_BLOCKSIZE,
-    Packed,
     block_count,
     check_blocksize,
     check_bytes,
@@ -31,7 +31,11 @@ def check_rows(op: str, name: str, t: Tensor, features: int | None = None) -> in
     return t.shape[0]
 
 
-def check_stack(op: str, weight: Packed, k: int, device: torch.device) -> tuple[int, int]:
+# Stacked weights as their ops take them: packed, scales, nested, blocksize.
+Stack: TypeAlias = tuple[Tensor, Tensor, Tensor | None, int]
+
+
+def check_stack(op: str, weight: Stack, k: int, device: torch.device) -> tuple[int, int]:
     """The parts of `experts` weights (n, k), each quantised by itself. Returns (experts, n)."""
     packed, scales, nested, blocksize = weight
     check_blocksize(op, blocksize)

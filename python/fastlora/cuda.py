@@ -57,7 +57,7 @@ def whole(t: Tensor) -> Tensor:
 
 def parts(weight: Packed) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """What kernels read of a weight: its scales at whole addresses, and the dynamic map."""
-    packed, scales, nested, _ = weight
+    packed, scales, nested, *_ = weight
     return packed, whole(scales), None if nested is None else whole(nested), dynamic_map(packed.device)
 
 
@@ -106,9 +106,16 @@ def quantize(
 
 def dequantize(
     device: Device, packed: Tensor, scales: Tensor, nested: Tensor | None, cols: int, blocksize: int,
-    dtype: torch.dtype, out: Tensor,
+    dtype: torch.dtype, offsets: Tensor | None, out: Tensor,
 ) -> int:  # fmt: skip
     rows = packed.shape[0]
+    if offsets is not None:
+        exact = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        status = dequantize(device, packed, scales, nested, cols, blocksize, exact.dtype, None, exact)
+        groups = offsets.shape[1] // 4
+        exact.view(rows, groups, -1).add_(whole(offsets).view(torch.float32).unsqueeze(2))
+        out.copy_(exact)
+        return status
     return device.call(
         "nf4_dequantize",
         (packed, whole(scales), None if nested is None else whole(nested), dynamic_map(packed.device)),

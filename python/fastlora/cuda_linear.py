@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from . import cuda, cuda_dense
+from . import cuda, cuda_dense, cuda_offsets
 from .checks import DTYPE_CODE, Packed
 from .cuda import Device
 from .cuda_dense import plain_torch
@@ -75,7 +75,7 @@ def project(
     )
 
 
-def _gradients(
+def gradients(
     device: Device,
     tall: Tensor,
     small: Tensor | None,
@@ -112,11 +112,11 @@ def _gradients(
 def grad_b(
     device: Device, dy: Tensor, u: Tensor, lora_b: Tensor, scaling: float, v: Tensor, db: Tensor
 ) -> int:
-    return _gradients(device, dy, u, lora_b, v, db, scaling)
+    return gradients(device, dy, u, lora_b, v, db, scaling)
 
 
 def grad_a(device: Device, v: Tensor, x: Tensor, dtype: torch.dtype, da: Tensor) -> int:
-    return _gradients(device, x, v, None, None, da, 1.0, rank_major=True)
+    return gradients(device, x, v, None, None, da, 1.0, rank_major=True)
 
 
 # --- the fused products -------------------------------------------------------------------------------------
@@ -127,6 +127,8 @@ def linear(
     lora_b: Tensor | None, u: Tensor | None, scaling: float, y: Tensor,
 ) -> int:  # fmt: skip
     """y. lora_a None, lora_b given: u is an input; else u, if it is given, is written too."""
+    if weight[4] is not None:
+        return cuda_offsets.linear(device, x, weight, bias, lora_a, lora_b, u, scaling, y)
     m, n, k = cuda.rows(x), weight[0].shape[0], x.shape[-1]
     r = 0 if lora_b is None else lora_b.shape[1]
     if not r:
@@ -161,6 +163,8 @@ def grad_input(
     lora_b: Tensor | None, scaling: float, dx: Tensor, v: Tensor | None, db: Tensor | None,
 ) -> int:  # fmt: skip
     """dx and v; and db, with u."""
+    if weight[4] is not None:
+        return cuda_offsets.grad_input(device, dy, u, weight, k, lora_a, lora_b, scaling, dx, v, db)
     m, n = cuda.rows(dy), weight[0].shape[0]
     r = 0 if lora_a is None else lora_a.shape[0]
     if not r:
@@ -176,7 +180,7 @@ def grad_input(
         return status
     wide = cuda_dense.wide_room(device, dy, r)
     if lora_b is not None:
-        status = _gradients(device, dy, u, lora_b, v, db, scaling, wide=wide)
+        status = gradients(device, dy, u, lora_b, v, db, scaling, wide=wide)
         if status:
             return status
     return cuda_dense.grad_input(device, dy, weight, k, lora_a, v, wide, dx)

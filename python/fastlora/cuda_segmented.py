@@ -123,7 +123,7 @@ def segmented_lora_grad_pools(
 
 def _fused(
     device: Device, kernel: str, inputs: Sequence[Tensor | None], table: Table, outputs: Sequence[Tensor],
-    k: int, n: int, blocksize: int, batch_invariant: bool,
+    k: int, n: int, blocksize: int, batch_invariant: bool, *, apart: bool,
 ) -> int | None:  # fmt: skip
     """None: no kernel takes the call."""
     x = inputs[0]
@@ -133,7 +133,7 @@ def _fused(
             f"{kernel}: expected bfloat16 or float16 with batch_invariant on CUDA, got {x.dtype}, whose "
             "product is torch's"
         )
-    if not (cuda.rows(x) and k and n):
+    if apart or not (cuda.rows(x) and k and n):
         return None
     return cuda_linear.run_with_scratch(
         device, kernel, (*inputs, *_pools(device, table.a), *_pools(device, table.b), *_routing(table)),
@@ -145,14 +145,15 @@ def _fused(
 def multi_linear(
     device: Device, x: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, blocksize: int,
     bias: Tensor | None, a: Sequence[Tensor], b: Sequence[Tensor], entries: Tensor, scaling: Tensor,
-    order: Tensor, segments: Tensor, widths: Sequence[int], batch_invariant: bool, y: Tensor, u: Tensor,
+    order: Tensor, segments: Tensor, widths: Sequence[int], batch_invariant: bool, offsets: Tensor | None,
+    y: Tensor, u: Tensor,
 ) -> int:  # fmt: skip
     """y and u. Where no kernel is fused, y is rounded once more, between the product and the term."""
-    weight: Packed = (packed, scales, nested, blocksize)
+    weight: Packed = (packed, scales, nested, blocksize, offsets)
     table = Table(a, b, entries, scaling, order, segments, widths)
     status = _fused(
         device, "nf4_multi_lora_linear", (x, *cuda.parts(weight), bias), table, (y, u), x.shape[-1],
-        packed.shape[0], blocksize, batch_invariant,
+        packed.shape[0], blocksize, batch_invariant, apart=offsets is not None,
     )  # fmt: skip
     if status is not None:
         return status
@@ -167,14 +168,15 @@ def multi_linear(
 def multi_grad_input(
     device: Device, dy: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, in_features: int,
     blocksize: int, a: Sequence[Tensor], b: Sequence[Tensor], entries: Tensor, scaling: Tensor, order: Tensor,
-    segments: Tensor, widths: Sequence[int], batch_invariant: bool, dx: Tensor, v: Tensor,
+    segments: Tensor, widths: Sequence[int], batch_invariant: bool, offsets: Tensor | None, dx: Tensor,
+    v: Tensor,
 ) -> int:  # fmt: skip
     """dx and v, as multi_linear has y and u."""
-    weight: Packed = (packed, scales, nested, blocksize)
+    weight: Packed = (packed, scales, nested, blocksize, offsets)
     table = Table(a, b, entries, scaling, order, segments, widths)
     status = _fused(
         device, "nf4_multi_lora_grad_input", (dy, *cuda.parts(weight)), table, (dx, v), in_features,
-        packed.shape[0], blocksize, batch_invariant,
+        packed.shape[0], blocksize, batch_invariant, apart=offsets is not None,
     )  # fmt: skip
     if status is not None:
         return status

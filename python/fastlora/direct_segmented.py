@@ -17,7 +17,7 @@ from . import _C, checks, isa
 from .adapter_pairs import LowRank
 from .checks import DTYPE_CODE, Packed
 from .direct import unwatched
-from .ops import ptr
+from .ops import aligned, ptr
 from .routing import Routing
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -76,8 +76,8 @@ def multi_linear(
 ) -> Tensor | None:
     """``nf4_multi_lora_linear``, where no gradient is wanted."""
     batch = _batch(x, low, routing)
-    packed, scales, nested, blocksize = weight
-    parts = (packed, scales, nested)
+    packed, scales, nested, blocksize, offsets = weight
+    parts = (packed, scales, nested, offsets)
     if batch is None or not all(_readable(t, torch.uint8) for t in parts) or not _readable(bias, x.dtype):
         return None
     view, m, routed = batch
@@ -90,11 +90,12 @@ def multi_linear(
         return None
     checks.check_matrix("nf4_multi_lora_linear", packed)
     checks.check_weight("nf4_multi_lora_linear", weight, n, k, x.device)
+    offsets = aligned(offsets)
     y = torch.empty(*x.shape[:-1], n, dtype=x.dtype)
     u = torch.empty(m, sum(low.widths), dtype=x.dtype)
     status = _C.nf4_multi_lora_linear(
-        x.data_ptr(), packed.data_ptr(), scales.data_ptr(), ptr(nested), blocksize, ptr(bias), y.data_ptr(),
-        u.data_ptr(), m, n, k, view, *routed, batch_invariant, DTYPE_CODE[x.dtype], torch.get_num_threads(),
-        isa._current,
+        x.data_ptr(), packed.data_ptr(), scales.data_ptr(), ptr(nested), blocksize, ptr(offsets),
+        checks.group_count(offsets), ptr(bias), y.data_ptr(), u.data_ptr(), m, n, k, view,
+        *routed, batch_invariant, DTYPE_CODE[x.dtype], torch.get_num_threads(), isa._current,
     )  # fmt: skip
     return None if status else y

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import checks, ops_experts  # noqa: F401  (registers its ops)
 from .autograd import _SEED_BOUND, _any_autocast, _autocast_is_on, _NoSecondDerivative
-from .checks import Packed
+from .checks_experts import Stack
 from .routing import route
 
 _linear = torch.ops.fastlora.nf4_experts_linear.default
@@ -72,7 +72,7 @@ class _Gather(torch.autograd.Function):
 def experts_linear(
     x: Tensor,
     segments: Tensor,
-    weight: Packed,
+    weight: Stack,
     bias: Tensor | None,
     lora_a: Tensor | None,
     lora_b: Tensor | None,

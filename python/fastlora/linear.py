@@ -22,7 +22,7 @@ from .named_adapters import NamedAdapters
 from .nf4 import NF4Weight, quantize_nf4
 from .sharded import cut_like, whole
 
-_BASE = ("weight", "weight_scales", "weight_nested")
+_BASE = ("weight", "weight_scales", "weight_nested", "weight_offsets")
 
 
 class QLinear(NamedAdapters, nn.Linear):
@@ -47,7 +47,8 @@ class QLinear(NamedAdapters, nn.Linear):
     and lora_B zero, so the layer starts equal to its base.
 
     Parameters: ``weight`` uint8 ``(n, ceil(k / 2))``, ``weight_scales`` and ``weight_nested`` uint8 1-D (None
-    without double quantisation), ``bias`` ``(n,)``, ``lora_A`` ``(r, k)``, ``lora_B`` ``(n, r)``.
+    without double quantisation), ``weight_offsets`` None or uint8 ``(n, 4 * groups)``, ``bias`` ``(n,)``,
+    ``lora_A`` ``(r, k)``, ``lora_B`` ``(n, r)``.
 
     Raises ValueError for sizes and values, TypeError for dtypes.
     """
@@ -55,6 +56,7 @@ class QLinear(NamedAdapters, nn.Linear):
     weight: Tensor
     weight_scales: Tensor
     weight_nested: Tensor | None
+    weight_offsets: Tensor | None
     lora_A: Tensor | None
     lora_B: Tensor | None
 
@@ -91,6 +93,7 @@ class QLinear(NamedAdapters, nn.Linear):
         self.weight_scales = frozen_bytes((blocks if double_quant else 4 * blocks,), device)
         nested = frozen_bytes((4 * (1 + groups),), device) if double_quant else None
         self.register_parameter("weight_nested", nested)
+        self.register_parameter("weight_offsets", None)
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
         )
@@ -237,10 +240,12 @@ class QLinear(NamedAdapters, nn.Linear):
             raise ValueError(f"QLinear: expected x of shape (..., {self.in_features}), got {tuple(shape)}")
         try:  # nn.Module looks names up in a dozen times the time; what wraps a layer may keep them elsewhere
             p: dict[str, Any] = self._parameters
-            weight = (p["weight"], p["weight_scales"], p["weight_nested"], self.blocksize)
+            weight = (
+                p["weight"], p["weight_scales"], p["weight_nested"], self.blocksize, p["weight_offsets"],
+            )  # fmt: skip
             bias, lora_a, lora_b = p["bias"], p["lora_A"], p["lora_B"]
         except KeyError:
-            weight = (self.weight, self.weight_scales, self.weight_nested, self.blocksize)
+            weight = self.packed_weight()
             bias, lora_a, lora_b = self.bias, self.lora_A, self.lora_B
         if self._unmerged is not None:
             if self.training and torch.is_grad_enabled():
@@ -257,6 +262,10 @@ class QLinear(NamedAdapters, nn.Linear):
 
     # --- the weight ---------------------------------------------------------------------------------------
 
+    def packed_weight(self) -> checks.Packed:
+        """The weight in force as the ops take it: this layer's own tensors."""
+        return self.weight, self.weight_scales, self.weight_nested, self.blocksize, self.weight_offsets
+
     @property
     def quantized_weight(self) -> NF4Weight:
         """The weight in force (the merged one while merged) as an NF4Weight over this layer's own tensors. A
@@ -268,6 +277,7 @@ class QLinear(NamedAdapters, nn.Linear):
             torch.Size((self.out_features, self.in_features)),
             self.weight_dtype,
             self.blocksize,
+            None if self.weight_offsets is None else whole(self.weight_offsets.detach()),
         )
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -276,7 +286,8 @@ class QLinear(NamedAdapters, nn.Linear):
         return self.quantized_weight.dequantize(dtype)
 
     def _set_base(self, weight: NF4Weight) -> None:
-        for name, part in zip(_BASE, (weight.packed, weight.scales, weight.nested), strict=True):
+        parts = (weight.packed, weight.scales, weight.nested, weight.offsets)
+        for name, part in zip(_BASE, parts, strict=True):
             setattr(self, name, None if part is None else nn.Parameter(part, requires_grad=False))
 
     def share_base(self, other: QLinear) -> None:
@@ -325,10 +336,19 @@ class QLinear(NamedAdapters, nn.Linear):
             return
         if self.sharded:
             raise RuntimeError("merge: expected a layer whose parameters are whole, got a sharded one")
-        merged = quantize_nf4(self.merged_weight(), blocksize=self.blocksize, double_quant=self.double_quant)
+        merged = self.quantized_again()
         # The Parameters themselves are kept, not copies, so that layers that share a weight share it again.
-        self._unmerged = (self.weight, self.weight_scales, self.weight_nested)
+        self._unmerged = tuple(getattr(self, name) for name in _BASE)
         self._set_base(merged)
+
+    def quantized_again(self) -> NF4Weight:
+        """What :meth:`merge` puts in the weight's place. Offsets stay what they are."""
+        return quantize_nf4(
+            self.merged_weight(),
+            blocksize=self.blocksize,
+            double_quant=self.double_quant,
+            offsets=self.quantized_weight.offset_values,
+        )
 
     def unmerge(self) -> None:
         """Give the weight its original bits back. No effect when not merged."""
@@ -357,6 +377,8 @@ class QLinear(NamedAdapters, nn.Linear):
             for name, part in zip(_BASE, self._unmerged, strict=True):
                 if part is not None:
                     destination[prefix + name] = part if keep_vars else part.detach()
+                else:
+                    destination.pop(prefix + name, None)
 
     def _load_from_state_dict(
         self,
@@ -377,20 +399,35 @@ class QLinear(NamedAdapters, nn.Linear):
                 )
                 return
         self.unmerge()
+        offsets = state_dict.get(prefix + "weight_offsets")
+        if offsets is not None and self.weight_offsets is None and self._takes_offsets(offsets, error_msgs):
+            self.weight_offsets = frozen_bytes(offsets.shape, self.weight.device)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+
+    def _takes_offsets(self, offsets: Tensor, error_msgs: list[str]) -> bool:
+        groups = checks.group_count(offsets)
+        if offsets.shape == (self.out_features, 4 * groups) and groups and not self.in_features % groups:
+            return True
+        error_msgs.append(
+            f"QLinear: expected weight_offsets of shape ({self.out_features}, 4 * groups), groups a divisor "
+            f"of {self.in_features}, got {tuple(offsets.shape)}"
+        )
+        return False
 
     def extra_repr(self) -> str:
         adapter = (
             f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, " if self.rank else "rank=0, "
         )
-        stored = sum(p.nbytes for p in (self.weight, self.weight_scales, self.weight_nested) if p is not None)
+        stored = sum(p.nbytes for p in map(self._parameters.get, _BASE) if p is not None)
+        groups = checks.group_count(self.weight_offsets)
         bits = 8 * stored / (self.in_features * self.out_features)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {adapter}blocksize={self.blocksize}, "
-            f"double_quant={self.double_quant}, {bits:.3f} bits/weight"
+            f"double_quant={self.double_quant}, {f'offset_groups={groups}, ' if groups else ''}"
+            f"{bits:.3f} bits/weight"
             f"{', use_rslora=True' if self.use_rslora else ''}{', merged' if self.merged else ''}"
             f"{'' if self._table is None else f', active={self.active_adapter}'}"
         )

@@ -72,8 +72,8 @@ def add_low_rank(x: Tensor, low: LowRank, routing: Routing, y: Tensor) -> Tensor
         # A Function that writes to an argument is nothing for a compiled graph, nor for a view, whose base's
         # gradient autograd would take for its first argument's; and a leaf is to be refused unwritten.
         if torch.compiler.is_compiling() or y._is_view() or (y.is_leaf and y.requires_grad):
-            return y.add_(_MultiLora.apply(x, None, None, None, 0, None, *rest))
-        return _MultiLora.apply(x, None, None, None, 0, y, *rest)
+            return y.add_(_MultiLora.apply(x, None, None, None, 0, None, None, *rest))
+        return _MultiLora.apply(x, None, None, None, 0, None, y, *rest)
     if direct_segmented.segmented_lora(x, low, routing, y) is None:
         _segmented(x, *_arguments(low, routing), y)
     return y
@@ -101,9 +101,8 @@ def nf4_multi_lora_linear(
             f"nf4_multi_lora_linear: expected a weight of shape (n, k), got {tuple(weight.shape)}"
         )
     _check_table("nf4_multi_lora_linear", x, weight.shape[1])
-    packed = (weight.packed, weight.scales, weight.nested, weight.blocksize)
     low = table.low_rank(learns=torch.is_grad_enabled())
-    return multi_linear(x, packed, bias, low, _routing(slots, table), NO_DROPOUT, batch_invariant)
+    return multi_linear(x, weight.parts, bias, low, _routing(slots, table), NO_DROPOUT, batch_invariant)
 
 
 def multi_linear(
@@ -131,7 +130,8 @@ def multi_linear(
         return _forward_dropped(x, weight, bias, table, dropout.p, kinds, seed)[0]
     y = direct_segmented.multi_linear(x, weight, bias, low, routing, batch_invariant)
     if y is None:
-        y = _multi_linear(x, *weight, bias, *_arguments(low, routing), batch_invariant)[0]
+        table = _arguments(low, routing)
+        y = _multi_linear(x, *weight[:4], bias, *table, batch_invariant, weight[4])[0]
     return y
 
 
@@ -197,7 +197,7 @@ def _forward_dropped(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """(y, u) where only the low-rank term sees the dropped x."""
-    y = _linear(x, *weight, bias, None, None, 0.0)
+    y = _linear(x, *weight[:4], bias, None, None, 0.0, weight[4])
     return y, _segmented(_dropped(x, p, kinds, seed), *table, y)
 
 
@@ -212,6 +212,7 @@ class _MultiLora(torch.autograd.Function):
         scales: Tensor | None,
         nested: Tensor | None,
         blocksize: int,
+        offsets: Tensor | None,
         bias: Tensor | None,
         entries: Tensor,
         scaling: Tensor,
@@ -231,15 +232,15 @@ class _MultiLora(torch.autograd.Function):
             if bias is not None:
                 ctx.mark_dirty(y)
         elif p:
-            weight = (packed, scales, nested, blocksize)
+            weight = (packed, scales, nested, blocksize, offsets)
             y, u = _forward_dropped(x, weight, bias, table, p, kinds, seed)
         else:
-            y, u = _multi_linear(x, packed, scales, nested, blocksize, bias, *table, batch_invariant)
+            y, u = _multi_linear(x, packed, scales, nested, blocksize, bias, *table, batch_invariant, offsets)
         learns = any(ctx.needs_input_grad[_TENSORS:])
         # The parameters too, although the pools are read: they count the writes to their own rows.
         ctx.save_for_backward(
-            x if learns else None, u if learns else None, packed, scales, nested, entries, scaling, order,
-            segments, seed, kinds, *tensors,
+            x if learns else None, u if learns else None, packed, scales, nested, offsets, entries, scaling,
+            order, segments, seed, kinds, *tensors,
         )  # fmt: skip
         ctx.plan, ctx.blocksize, ctx.in_features = plan, blocksize, x.shape[-1]
         return y
@@ -247,16 +248,16 @@ class _MultiLora(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
-        needs = (needed[0], needed[5], *needed[_TENSORS:])
+        needs = (needed[0], needed[6], *needed[_TENSORS:])
         args = (dy, ctx.plan, ctx.in_features, ctx.blocksize, needs, *ctx.saved_tensors)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             dx, dbias, *rest = _NoSecondDerivative.apply(_gradients, *args)
         else:
             dx, dbias, *rest = _gradients(*args)
-        return (dx, None, None, None, None, dbias, *[None] * 7, *rest)
+        return (dx, None, None, None, None, None, dbias, *[None] * 7, *rest)
 
 
-_TENSORS = 13  # the place of the pools among the Function's arguments; then come the parameters
+_TENSORS = 14  # the place of the pools among the Function's arguments; then come the parameters
 
 
 def _pools(tensors: Sequence[Tensor], slices: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -274,6 +275,7 @@ def _gradients(
     packed: Tensor | None,
     scales: Tensor | None,
     nested: Tensor | None,
+    offsets: Tensor | None,
     entries: Tensor,
     scaling: Tensor,
     order: Tensor,
@@ -291,14 +293,17 @@ def _gradients(
     dy = dy.contiguous()  # autograd often hands over an expanded scalar
     dx = v = None
     if needs_x and packed is not None and not p:
-        dx, v = _multi_grad_input(dy, packed, scales, nested, in_features, blocksize, *table, batch_invariant)
+        dx, v = _multi_grad_input(
+            dy, packed, scales, nested, in_features, blocksize, *table, batch_invariant, offsets
+        )
     elif needs_x or learns:
         low = dy.new_zeros(*dy.shape[:-1], in_features)
         v = _segmented_grad_input(dy, *table, low)
         if needs_x:  # with dropout the low-rank half passes through the mask
             dx = _dropped(low, p, kinds, seed) if p else low
             if packed is not None:
-                dx = dx + _grad_input(dy, packed, scales, nested, in_features, blocksize, None, None, 0.0)[0]
+                base = (packed, scales, nested, in_features, blocksize, None, None, 0.0, offsets)
+                dx = dx + _grad_input(dy, *base)[0]
     found: list[Tensor | None] = [None] * len(tensors)
     if learns:
         assert x is not None

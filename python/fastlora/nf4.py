@@ -8,7 +8,7 @@ bits are bitsandbytes' wherever those are well defined; csrc/include/fastlora/nf
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -31,6 +31,9 @@ class NF4Weight:
         shape: the original shape, at least one dimension.
         dtype: the original dtype (float32, bfloat16 or float16); what :meth:`dequantize` returns.
         blocksize: weights that share one absmax: a power of two from 32 to 4096.
+        offsets: None, or the bytes (uint8) of float32 ``(rows, groups)``, for a weight of rows x columns:
+            what is added to the columns / groups weights of each group of a row. `methods/qa_lora.py` and
+            `methods/icq.py` make them.
 
     Raises ValueError, TypeError or RuntimeError (devices) when the parts do not fit together.
     """
@@ -41,6 +44,7 @@ class NF4Weight:
     shape: torch.Size
     dtype: torch.dtype
     blocksize: int = 64
+    offsets: Tensor | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", torch.Size(self.shape))
@@ -56,10 +60,15 @@ class NF4Weight:
             )
         checks.check_weight(
             "NF4Weight",
-            (self._packed_2d, self.scales, self.nested, self.blocksize),
+            self.parts,
             *self._rows_cols,
             self.device,
         )
+
+    @property
+    def parts(self) -> checks.Packed:
+        """As the ops take it, as a matrix of (rows, shape[-1])."""
+        return self._packed_2d, self.scales, self.nested, self.blocksize, self.offsets
 
     @property
     def _rows_cols(self) -> tuple[int, int]:
@@ -80,6 +89,15 @@ class NF4Weight:
         return self.nested is not None
 
     @property
+    def offset_values(self) -> Tensor | None:
+        """float32 ``(rows, groups)``, or None."""
+        return None if self.offsets is None else as_float32(self.offsets)
+
+    def with_offsets(self, values: Tensor | None) -> NF4Weight:
+        """The same codes and scales with offsets ``(rows, groups)``, groups a divisor of ``shape[-1]``."""
+        return replace(self, offsets=None if values is None else offset_bytes(values))
+
+    @property
     def absmax(self) -> Tensor:
         """Every block's scale, decoded: float32 ``(ceil(numel / blocksize),)``."""
         return torch.ops.fastlora.nf4_decode_absmax(self.scales, self.nested)
@@ -90,8 +108,9 @@ class NF4Weight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored: codes and scales."""
-        return self.packed.nbytes + self.scales.nbytes + (0 if self.nested is None else self.nested.nbytes)
+        """Bytes stored: codes, scales and offsets."""
+        stored = (self.packed, self.scales, self.nested, self.offsets)
+        return sum(part.nbytes for part in stored if part is not None)
 
     @property
     def bits_per_weight(self) -> float:
@@ -99,19 +118,20 @@ class NF4Weight:
         return 8 * self.nbytes / self.numel() if self.numel() else 0.0
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """code * absmax in float32, rounded once to `dtype` (default: the original). Shape `self.shape`."""
+        """code * absmax (+ offset) in float32, rounded once to `dtype` (default: the original). Shape
+        `self.shape`."""
+        packed, scales, nested, blocksize, offsets = self.parts
         flat = torch.ops.fastlora.nf4_dequantize(
-            self._packed_2d, self.scales, self.nested, self.shape[-1], self.blocksize, dtype or self.dtype
+            packed, scales, nested, self.shape[-1], blocksize, dtype or self.dtype, offsets
         )
         return flat.reshape(self.shape)
 
     def to(self, device: torch.device | str | int) -> NF4Weight:
         """The same bits on another device."""
         device = torch.device(device)
-        nested = None if self.nested is None else self.nested.to(device)
-        return NF4Weight(
-            self.packed.to(device), self.scales.to(device), nested, self.shape, self.dtype, self.blocksize
-        )
+        nested, offsets = (None if t is None else t.to(device) for t in (self.nested, self.offsets))
+        packed, scales = self.packed.to(device), self.scales.to(device)
+        return replace(self, packed=packed, scales=scales, nested=nested, offsets=offsets)
 
     def __eq__(self, other: object) -> bool:
         """Whether all stored bits, the shape, the dtype and the block size agree (the device may differ)."""
@@ -122,6 +142,7 @@ class NF4Weight:
             and _same_bits(self.packed, other.packed)
             and _same_bits(self.scales, other.scales)
             and _same_bits(self.nested, other.nested)
+            and _same_bits(self.offsets, other.offsets)
         )
 
     __hash__ = None  # type: ignore[assignment]  # compares by content
@@ -168,7 +189,12 @@ def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def quantize_nf4(
-    weight: Tensor, *, blocksize: int = 64, double_quant: bool = True, check_finite: bool = True
+    weight: Tensor,
+    *,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    check_finite: bool = True,
+    offsets: Tensor | None = None,
 ) -> NF4Weight:
     """Quantise a tensor to 4-bit NormalFloat.
 
@@ -179,6 +205,9 @@ def quantize_nf4(
         double_quant: store the scales in 8 bits (0.127 bits a weight at blocksize 64, instead of 0.5).
         check_finite: look for NaN and Inf. On a CUDA device that waits for the kernel, and a CUDA graph
             cannot capture it; without it a weight that holds one gives an unspecified result.
+        offsets: None, or floating ``(rows, groups)`` for a weight of rows x columns, groups a divisor of the
+            columns: what is taken off each group's weights before they are quantised, and added again by
+            whoever computes with the result.
 
     Raises:
         TypeError: not a tensor, or another dtype.
@@ -188,5 +217,29 @@ def quantize_nf4(
     if not isinstance(weight, Tensor):
         raise TypeError(f"quantize_nf4: expected a torch.Tensor, got {type(weight).__name__}")
     weight = weight.detach()
+    shape, dtype = weight.shape, weight.dtype
+    if offsets is not None:
+        checks.check_float("quantize_nf4", "offsets", offsets)
+        rows, columns = prod(shape[:-1]), shape[-1] if shape else 0
+        groups = offsets.shape[-1] if offsets.dim() == 2 else 0
+        if not groups or offsets.shape[0] != rows or columns % groups:
+            raise ValueError(
+                f"quantize_nf4: expected offsets of shape ({rows}, groups), groups a divisor of {columns}, "
+                f"got {tuple(offsets.shape)}"
+            )
+        offsets = offsets.detach().float()
+        weight = (weight.reshape(rows, groups, -1).float() - offsets[:, :, None]).reshape(shape)
     packed, scales, nested = torch.ops.fastlora.nf4_quantize(weight, blocksize, double_quant, check_finite)
-    return NF4Weight(packed, scales, nested if double_quant else None, weight.shape, weight.dtype, blocksize)
+    stored = None if offsets is None else offset_bytes(offsets)
+    return NF4Weight(packed, scales, nested if double_quant else None, shape, dtype, blocksize, stored)
+
+
+def offset_bytes(values: Tensor) -> Tensor:
+    """Offsets (rows, groups) as they are stored: uint8 (rows, 4 * groups)."""
+    return values.detach().float().contiguous().view(torch.uint8)
+
+
+def as_float32(stored: Tensor) -> Tensor:
+    """The bytes of float32 values as those; a copy where they do not lie on a boundary of 4."""
+    stored = stored.contiguous()
+    return (stored.clone() if stored.storage_offset() % 4 else stored).view(torch.float32)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from . import checks, ops
+from .nf4 import as_float32
 
 if TYPE_CHECKING:
     from .nf4 import NF4Weight
@@ -159,14 +160,12 @@ def second_level(
     return absmax.view(torch.uint8), None
 
 
-def _as_float32(stored: Tensor) -> Tensor:
-    """The bytes of float32 values as those; a copy where they do not lie on a boundary of 4."""
-    stored = stored.contiguous()
-    return (stored.clone() if stored.storage_offset() % 4 else stored).view(torch.float32)
-
-
 def write(weight: NF4Weight, prefix: str) -> dict[str, Tensor]:
     """The tensors of one weight, on its device, in the order bitsandbytes writes them."""
+    if weight.offsets is not None:
+        raise ValueError(
+            "NF4Weight.to_bitsandbytes: expected a weight without offsets, for which it has no place"
+        )
     key = _key(prefix)
     cols = weight.shape[-1]
     packed = weight.packed.reshape(-1)
@@ -181,9 +180,9 @@ def write(weight: NF4Weight, prefix: str) -> dict[str, Tensor]:
     }
     out = {key: packed.reshape(-1, 1)}
     if weight.nested is None:
-        out[f"{key}.absmax"] = _as_float32(weight.scales)
+        out[f"{key}.absmax"] = as_float32(weight.scales)
     else:
-        second = _as_float32(weight.nested)
+        second = as_float32(weight.nested)
         out[f"{key}.absmax"] = weight.scales
         state |= {
             "nested_blocksize": checks.NESTED_BLOCKSIZE,

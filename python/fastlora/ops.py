@@ -11,6 +11,8 @@ Storage conventions shared by all ops (see fastlora/nf4.h):
 * ``scales`` uint8: with ``nested`` None the bytes of ``ceil(n*k / blocksize)`` float32 absmax values, else
   one 8-bit index a block.
 * ``nested`` uint8 or None: the bytes of float32 ``[offset, absmax2 of blocks 0..255, of 256..511, ...]``.
+* ``offsets`` uint8 ``(n, 4 * groups)`` or None: the bytes of a float32 for each group of ``k / groups``
+  columns of a row, added to its weights.
 """
 
 from __future__ import annotations
@@ -46,6 +48,11 @@ def ptr(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def aligned(offsets: Tensor | None) -> Tensor | None:
+    """Offsets whose floats lie at whole addresses, which a view into a file may not."""
+    return offsets if offsets is None or offsets.data_ptr() % 4 == 0 else offsets.clone()
+
+
 def _raise_freed(op: str, t: Tensor) -> NoReturn:
     raise RuntimeError(
         f"{op}: expected tensors with data, got one of shape {tuple(t.shape)} whose storage was freed"
@@ -67,6 +74,9 @@ def define(
     written in place and is not contiguous."""
     op = schema.split("(", 1)[0]
 
+    def filled(args: tuple) -> tuple:
+        return args if len(args) == len(defaults) else (*args, *defaults[len(args) :])
+
     def pack(out: list[Any]) -> Any:
         return out[0] if len(out) == 1 else tuple(out) or None
 
@@ -82,6 +92,7 @@ def define(
         return t.contiguous()
 
     def run(run_kernel: Callable[..., int], device: torch.device, args: tuple) -> Any:
+        args = filled(args)
         out = [make(what, partial(torch.empty, device=device)) for what in outputs(*args)]
         contiguous = list(args)  # a list, because an address keeps no copy alive
         for i in tensors:
@@ -120,12 +131,13 @@ def define(
         def empty(*shape: Any, dtype: torch.dtype) -> Tensor:
             return args[0].new_empty(shape if shape != ((),) else (), dtype=dtype)
 
-        return pack([make(what, empty) for what in outputs(*args)])
+        return pack([make(what, empty) for what in outputs(*filled(args))])
 
     # By the schema, as isinstance(t, Tensor) takes 0.5 us for anything that is not exactly a Tensor.
     arguments = torch._C.parse_schema(f"fastlora::{schema}").arguments
     tensors = [i for i, a in enumerate(arguments) if str(a.type) in {"Tensor", "Optional[Tensor]"}]
     lists = [i for i, a in enumerate(arguments) if str(a.type) == "List[Tensor]"]
+    defaults = [a.default_value for a in arguments]  # torch leaves out trailing arguments that have them
     written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order))
     _lib.impl(op, cpu, "CPU")
@@ -209,29 +221,36 @@ define(
 
 
 def _dequantize_outputs(
-    packed: Tensor, scales: Tensor, nested: Tensor | None, cols: int, blocksize: int, dtype: torch.dtype
-) -> Outputs:
+    packed: Tensor, scales: Tensor, nested: Tensor | None, cols: int, blocksize: int, dtype: torch.dtype,
+    offsets: Tensor | None,
+) -> Outputs:  # fmt: skip
     op = "nf4_dequantize"
     if dtype not in DTYPE_CODE:
         raise TypeError(f"{op}: expected dtype float32, bfloat16 or float16, got {dtype}")
     rows = checks.check_matrix(op, packed)
-    checks.check_weight(op, (packed, scales, nested, blocksize), rows, cols, packed.device)
+    checks.check_weight(op, (packed, scales, nested, blocksize, offsets), rows, cols, packed.device)
     return [((rows, cols), dtype)]
 
 
 def _dequantize(
     packed: Tensor, scales: Tensor, nested: Tensor | None, cols: int, blocksize: int, dtype: torch.dtype,
-    out: Tensor,
+    offsets: Tensor | None, out: Tensor,
 ) -> int:  # fmt: skip
-    return _C.nf4_dequantize(
-        packed.data_ptr(), scales.data_ptr(), ptr(nested), packed.shape[0], cols, blocksize, out.data_ptr(),
-        DTYPE_CODE[dtype], torch.get_num_threads(), level(),
+    offsets = aligned(offsets)
+    exact = out if offsets is None or dtype is torch.float32 else torch.empty(out.shape, dtype=torch.float32)
+    status = _C.nf4_dequantize(
+        packed.data_ptr(), scales.data_ptr(), ptr(nested), packed.shape[0], cols, blocksize, ptr(offsets),
+        checks.group_count(offsets), exact.data_ptr(), DTYPE_CODE[exact.dtype], torch.get_num_threads(),
+        level(),
     )  # fmt: skip
+    if exact is not out:
+        out.copy_(exact)
+    return status
 
 
 define(
-    "nf4_dequantize(Tensor packed, Tensor scales, Tensor? nested, int cols, int blocksize, ScalarType dtype) "
-    "-> Tensor",
+    "nf4_dequantize(Tensor packed, Tensor scales, Tensor? nested, int cols, int blocksize, ScalarType dtype, "
+    "Tensor? offsets=None) -> Tensor",
     _dequantize_outputs,
     _dequantize,
     cuda.dequantize,

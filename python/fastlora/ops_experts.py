@@ -18,6 +18,7 @@ from torch import Tensor
 from . import checks, cuda_linear, ops_linear
 from . import checks_experts as check
 from .checks import Packed
+from .checks_experts import Stack
 from .ops import Outputs, define
 from .ops_linear import product
 
@@ -26,9 +27,9 @@ _STACK = "Tensor segments, Tensor packed, Tensor scales, Tensor? nested"
 _LORA = "Tensor? lora_a, Tensor? lora_b, float scaling, Tensor? seed, float dropout"
 
 
-def _expert(weight: Packed, e: int) -> Packed:
+def _expert(weight: Stack, e: int) -> Packed:
     packed, scales, nested, blocksize = weight
-    return packed[e], scales[e], None if nested is None else nested[e], blocksize
+    return packed[e], scales[e], None if nested is None else nested[e], blocksize, None
 
 
 def _of(t: Tensor | None, e: int) -> Tensor | None:
@@ -136,8 +137,10 @@ def _grad_input_of_one(
     dy: Tensor, weight: Packed, k: int, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float,
     dx: Tensor, v: Tensor,
 ) -> int:  # fmt: skip
-    packed, scales, nested, blocksize = weight
-    return ops_linear._grad_input(dy, packed, scales, nested, k, blocksize, lora_a, lora_b, scaling, dx, v)
+    packed, scales, nested, blocksize, offsets = weight
+    return ops_linear._grad_input(
+        dy, packed, scales, nested, k, blocksize, lora_a, lora_b, scaling, offsets, dx, v
+    )
 
 
 def _cuda_grad_input(device: cuda_linear.Device, *args: object) -> int:

@@ -11,7 +11,7 @@ from . import _C, checks, cuda_linear
 from .checks import DTYPE_CODE, Packed
 from .cuda import Device
 from .isa import level
-from .ops import Outputs, define, ptr
+from .ops import Outputs, aligned, define, ptr
 
 
 def _run_linear(
@@ -25,22 +25,23 @@ def _run_linear(
     y: Tensor,
 ) -> int:
     """lora_a None: u is an input."""
-    packed, scales, nested, blocksize = weight
+    packed, scales, nested, blocksize, offsets = weight
+    offsets = aligned(offsets)
     m, n, k = x.shape[:-1].numel(), packed.shape[0], x.shape[-1]
     r = 0 if lora_b is None else lora_b.shape[1]
     lora_dtype = x.dtype if lora_b is None else lora_b.dtype
     return _C.nf4_linear(
         x.data_ptr(), packed.data_ptr(), scales.data_ptr(), ptr(nested), ptr(bias), ptr(lora_a),
-        ptr(lora_b), ptr(u), y.data_ptr(), m, n, k, r, blocksize, scaling, DTYPE_CODE[x.dtype],
-        DTYPE_CODE[lora_dtype], torch.get_num_threads(), level(),
+        ptr(lora_b), ptr(u), y.data_ptr(), m, n, k, r, blocksize, ptr(offsets), checks.group_count(offsets),
+        scaling, DTYPE_CODE[x.dtype], DTYPE_CODE[lora_dtype], torch.get_num_threads(), level(),
     )  # fmt: skip
 
 
 def _linear_with_u_outputs(
     x: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, blocksize: int, bias: Tensor | None,
-    lora_a: Tensor | None, lora_b: Tensor | None, scaling: float,
+    lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, offsets: Tensor | None,
 ) -> Outputs:  # fmt: skip
-    n, k = checks.check_linear("nf4_linear", x, (packed, scales, nested, blocksize), bias)
+    n, k = checks.check_linear("nf4_linear", x, (packed, scales, nested, blocksize, offsets), bias)
     r = checks.check_lora("nf4_linear", lora_a, lora_b, n, k, x.device)
     lead = x.shape[:-1]
     return [((*lead, n), x.dtype), ((*lead, r), x.dtype)]
@@ -48,11 +49,13 @@ def _linear_with_u_outputs(
 
 def _linear_with_u(
     x: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, blocksize: int, bias: Tensor | None,
-    lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, y: Tensor, u: Tensor | None,
+    lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, offsets: Tensor | None, y: Tensor,
+    u: Tensor | None,
 ) -> int:  # fmt: skip
     if u is not None and not x.shape[-1]:
         u.zero_()  # an empty lora_a has no address, and the kernel takes u for an input
-    return _run_linear(x, (packed, scales, nested, blocksize), bias, lora_a, lora_b, u, scaling, y)
+    weight = (packed, scales, nested, blocksize, offsets)
+    return _run_linear(x, weight, bias, lora_a, lora_b, u, scaling, y)
 
 
 def _linear_outputs(*args: Any) -> Outputs:
@@ -68,16 +71,16 @@ def _linear(*args: Any) -> int:
 
 _LINEAR_ARGS = (
     "(Tensor x, Tensor packed, Tensor scales, Tensor? nested, int blocksize, Tensor? bias, Tensor? lora_a, "
-    "Tensor? lora_b, float scaling)"
+    "Tensor? lora_b, float scaling, Tensor? offsets=None)"
 )
 
 
 def _cuda_linear_with_u(
     device: Device, x: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, blocksize: int,
-    bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, y: Tensor,
-    u: Tensor | None = None,
+    bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float,
+    offsets: Tensor | None, y: Tensor, u: Tensor | None = None,
 ) -> int:  # fmt: skip
-    weight = (packed, scales, nested, blocksize)
+    weight = (packed, scales, nested, blocksize, offsets)
     return cuda_linear.linear(device, x, weight, bias, lora_a, lora_b, u, scaling, y)
 
 
@@ -92,32 +95,33 @@ define(
 
 def _given_u_outputs(
     x: Tensor, u: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, blocksize: int,
-    bias: Tensor | None, lora_b: Tensor, scaling: float,
+    bias: Tensor | None, lora_b: Tensor, scaling: float, offsets: Tensor | None,
 ) -> Outputs:  # fmt: skip
     op = "nf4_linear_given_u"
-    n, _ = checks.check_linear(op, x, (packed, scales, nested, blocksize), bias)
+    n, _ = checks.check_linear(op, x, (packed, scales, nested, blocksize, offsets), bias)
     checks.check_given_u(op, x, u, lora_b, n)
     return [((*x.shape[:-1], n), x.dtype)]
 
 
 def _given_u(
     x: Tensor, u: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, blocksize: int,
-    bias: Tensor | None, lora_b: Tensor, scaling: float, y: Tensor,
+    bias: Tensor | None, lora_b: Tensor, scaling: float, offsets: Tensor | None, y: Tensor,
 ) -> int:  # fmt: skip
-    return _run_linear(x, (packed, scales, nested, blocksize), bias, None, lora_b, u, scaling, y)
+    weight = (packed, scales, nested, blocksize, offsets)
+    return _run_linear(x, weight, bias, None, lora_b, u, scaling, y)
 
 
 def _cuda_given_u(
     device: Device, x: Tensor, u: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None,
-    blocksize: int, bias: Tensor | None, lora_b: Tensor, scaling: float, y: Tensor,
+    blocksize: int, bias: Tensor | None, lora_b: Tensor, scaling: float, offsets: Tensor | None, y: Tensor,
 ) -> int:  # fmt: skip
-    weight = (packed, scales, nested, blocksize)
+    weight = (packed, scales, nested, blocksize, offsets)
     return cuda_linear.linear(device, x, weight, bias, None, lora_b, u, scaling, y)
 
 
 define(
     "nf4_linear_given_u(Tensor x, Tensor u, Tensor packed, Tensor scales, Tensor? nested, int blocksize, "
-    "Tensor? bias, Tensor lora_b, float scaling) -> Tensor",
+    "Tensor? bias, Tensor lora_b, float scaling, Tensor? offsets=None) -> Tensor",
     _given_u_outputs,
     _given_u,
     _cuda_given_u,
@@ -126,12 +130,12 @@ define(
 
 def _grad_input_outputs(
     dy: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, in_features: int, blocksize: int,
-    lora_a: Tensor | None, lora_b: Tensor | None, scaling: float,
+    lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, offsets: Tensor | None,
 ) -> Outputs:  # fmt: skip
     op = "nf4_linear_grad_input"
     n = checks.check_matrix(op, packed)
     checks.check_activation(op, "dy", dy, n, "the weight's out_features")
-    checks.check_weight(op, (packed, scales, nested, blocksize), n, in_features, dy.device)
+    checks.check_weight(op, (packed, scales, nested, blocksize, offsets), n, in_features, dy.device)
     r = checks.check_lora(op, lora_a, lora_b, n, in_features, dy.device)
     lead = dy.shape[:-1]
     return [((*lead, in_features), dy.dtype), ((*lead, r), dy.dtype)]
@@ -139,28 +143,33 @@ def _grad_input_outputs(
 
 def _grad_input(
     dy: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, in_features: int, blocksize: int,
-    lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, dx: Tensor, v: Tensor,
+    lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, offsets: Tensor | None, dx: Tensor,
+    v: Tensor,
 ) -> int:  # fmt: skip
+    offsets = aligned(offsets)
     n, r = packed.shape[0], v.shape[-1]
     lora_dtype = dy.dtype if lora_a is None else lora_a.dtype
     return _C.nf4_linear_grad_input(
         dy.data_ptr(), packed.data_ptr(), scales.data_ptr(), ptr(nested), ptr(lora_a), ptr(lora_b),
-        v.data_ptr(), dx.data_ptr(), dy.shape[:-1].numel(), n, in_features, r, blocksize, scaling,
-        DTYPE_CODE[dy.dtype], DTYPE_CODE[lora_dtype], torch.get_num_threads(), level(),
+        v.data_ptr(), dx.data_ptr(), dy.shape[:-1].numel(), n, in_features, r, blocksize, ptr(offsets),
+        checks.group_count(offsets), scaling, DTYPE_CODE[dy.dtype], DTYPE_CODE[lora_dtype],
+        torch.get_num_threads(), level(),
     )  # fmt: skip
 
 
 def _cuda_grad_input(
     device: Device, dy: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, in_features: int,
-    blocksize: int, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, dx: Tensor, v: Tensor,
+    blocksize: int, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, offsets: Tensor | None,
+    dx: Tensor, v: Tensor,
 ) -> int:  # fmt: skip
-    weight = (packed, scales, nested, blocksize)
+    weight = (packed, scales, nested, blocksize, offsets)
     return cuda_linear.grad_input(device, dy, None, weight, in_features, lora_a, lora_b, scaling, dx, v, None)
 
 
 define(
     "nf4_linear_grad_input(Tensor dy, Tensor packed, Tensor scales, Tensor? nested, int in_features, "
-    "int blocksize, Tensor? lora_a, Tensor? lora_b, float scaling) -> (Tensor dx, Tensor v)",
+    "int blocksize, Tensor? lora_a, Tensor? lora_b, float scaling, Tensor? offsets=None) "
+    "-> (Tensor dx, Tensor v)",
     _grad_input_outputs,
     _grad_input,
     _cuda_grad_input,
@@ -169,12 +178,12 @@ define(
 
 def _backward_outputs(
     dy: Tensor, u: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, in_features: int,
-    blocksize: int, lora_a: Tensor, lora_b: Tensor, scaling: float,
+    blocksize: int, lora_a: Tensor, lora_b: Tensor, scaling: float, offsets: Tensor | None,
 ) -> Outputs:  # fmt: skip
     op = "nf4_linear_backward"
     n = checks.check_matrix(op, packed)
     checks.check_activation(op, "dy", dy, n, "the weight's out_features")
-    checks.check_weight(op, (packed, scales, nested, blocksize), n, in_features, dy.device)
+    checks.check_weight(op, (packed, scales, nested, blocksize, offsets), n, in_features, dy.device)
     r = checks.check_lora(op, lora_a, lora_b, n, in_features, dy.device)
     checks.check_narrow(op, "u", u, "dy", dy)
     checks.check_shape(op, "u", u, (*dy.shape[:-1], r), "dy's rows, rank")
@@ -184,24 +193,28 @@ def _backward_outputs(
 
 def _backward(
     dy: Tensor, u: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, in_features: int,
-    blocksize: int, lora_a: Tensor, lora_b: Tensor, scaling: float, dx: Tensor, v: Tensor, db: Tensor,
+    blocksize: int, lora_a: Tensor, lora_b: Tensor, scaling: float, offsets: Tensor | None, dx: Tensor,
+    v: Tensor, db: Tensor,
 ) -> int:  # fmt: skip
     _fill_grad_b(dy, u, scaling, db)
-    return _grad_input(dy, packed, scales, nested, in_features, blocksize, lora_a, lora_b, scaling, dx, v)
+    return _grad_input(
+        dy, packed, scales, nested, in_features, blocksize, lora_a, lora_b, scaling, offsets, dx, v
+    )
 
 
 def _cuda_backward(
     device: Device, dy: Tensor, u: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None,
-    in_features: int, blocksize: int, lora_a: Tensor, lora_b: Tensor, scaling: float, dx: Tensor, v: Tensor,
-    db: Tensor,
+    in_features: int, blocksize: int, lora_a: Tensor, lora_b: Tensor, scaling: float,
+    offsets: Tensor | None, dx: Tensor, v: Tensor, db: Tensor,
 ) -> int:  # fmt: skip
-    weight = (packed, scales, nested, blocksize)
+    weight = (packed, scales, nested, blocksize, offsets)
     return cuda_linear.grad_input(device, dy, u, weight, in_features, lora_a, lora_b, scaling, dx, v, db)
 
 
 define(
     "nf4_linear_backward(Tensor dy, Tensor u, Tensor packed, Tensor scales, Tensor? nested, int in_features, "
-    "int blocksize, Tensor lora_a, Tensor lora_b, float scaling) -> (Tensor dx, Tensor v, Tensor db)",
+    "int blocksize, Tensor lora_a, Tensor lora_b, float scaling, Tensor? offsets=None) "
+    "-> (Tensor dx, Tensor v, Tensor db)",
     _backward_outputs,
     _backward,
     _cuda_backward,

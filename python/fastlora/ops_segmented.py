@@ -16,7 +16,7 @@ from . import checks_segmented as seg
 from .checks import DTYPE_CODE
 from .checks_segmented import Adapters
 from .isa import level
-from .ops import Outputs, define, ptr
+from .ops import Outputs, aligned, define, ptr
 
 _BAD_ARGUMENT = 1
 _ADAPTERS = (
@@ -184,10 +184,10 @@ define(
 def _multi_linear_outputs(
     x: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, blocksize: int, bias: Tensor | None,
     a: list[Tensor], b: list[Tensor], entries: Tensor, scaling: Tensor, order: Tensor, segments: Tensor,
-    widths: list[int], batch_invariant: bool,
+    widths: list[int], batch_invariant: bool, offsets: Tensor | None,
 ) -> Outputs:  # fmt: skip
     op, table = "nf4_multi_lora_linear", Adapters(a, b, entries, scaling, order, segments, widths)
-    n, k = checks.check_linear(op, x, (packed, scales, nested, blocksize), bias)
+    n, k = checks.check_linear(op, x, (packed, scales, nested, blocksize, offsets), bias)
     m, _ = seg.check_wide(op, "x", x)
     width = seg.check_adapters(op, table, m, k, n, x.device)
     return [((*x.shape[:-1], n), x.dtype), ((m, width), x.dtype)]
@@ -196,20 +196,22 @@ def _multi_linear_outputs(
 def _multi_linear(
     x: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, blocksize: int, bias: Tensor | None,
     a: list[Tensor], b: list[Tensor], entries: Tensor, scaling: Tensor, order: Tensor, segments: Tensor,
-    widths: list[int], batch_invariant: bool, y: Tensor, u: Tensor,
+    widths: list[int], batch_invariant: bool, offsets: Tensor | None, y: Tensor, u: Tensor,
 ) -> int:  # fmt: skip
+    offsets = aligned(offsets)
     table = Adapters(a, b, entries, scaling, order, segments, widths)
     status = _C.nf4_multi_lora_linear(
-        x.data_ptr(), packed.data_ptr(), scales.data_ptr(), ptr(nested), blocksize, ptr(bias), y.data_ptr(),
-        u.data_ptr(), u.shape[0], packed.shape[0], x.shape[-1], _table(table), *_routing(table),
-        batch_invariant, DTYPE_CODE[x.dtype], torch.get_num_threads(), level(),
+        x.data_ptr(), packed.data_ptr(), scales.data_ptr(), ptr(nested), blocksize, ptr(offsets),
+        checks.group_count(offsets), ptr(bias), y.data_ptr(), u.data_ptr(), u.shape[0],
+        packed.shape[0], x.shape[-1], _table(table), *_routing(table), batch_invariant,
+        DTYPE_CODE[x.dtype], torch.get_num_threads(), level(),
     )  # fmt: skip
     return _told("nf4_multi_lora_linear", status, table)
 
 
 define(
     "nf4_multi_lora_linear(Tensor x, Tensor packed, Tensor scales, Tensor? nested, int blocksize, "
-    f"Tensor? bias, {_ADAPTERS}, bool batch_invariant) -> (Tensor y, Tensor u)",
+    f"Tensor? bias, {_ADAPTERS}, bool batch_invariant, Tensor? offsets=None) -> (Tensor y, Tensor u)",
     _multi_linear_outputs,
     _multi_linear,
     cuda_segmented.multi_linear,
@@ -219,12 +221,12 @@ define(
 def _multi_grad_input_outputs(
     dy: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, in_features: int, blocksize: int,
     a: list[Tensor], b: list[Tensor], entries: Tensor, scaling: Tensor, order: Tensor, segments: Tensor,
-    widths: list[int], batch_invariant: bool,
+    widths: list[int], batch_invariant: bool, offsets: Tensor | None,
 ) -> Outputs:  # fmt: skip
     op, table = "nf4_multi_lora_grad_input", Adapters(a, b, entries, scaling, order, segments, widths)
     n = checks.check_matrix(op, packed)
     checks.check_activation(op, "dy", dy, n, "the weight's out_features")
-    checks.check_weight(op, (packed, scales, nested, blocksize), n, in_features, dy.device)
+    checks.check_weight(op, (packed, scales, nested, blocksize, offsets), n, in_features, dy.device)
     m, _ = seg.check_wide(op, "dy", dy)
     width = seg.check_adapters(op, table, m, in_features, n, dy.device)
     return [((*dy.shape[:-1], in_features), dy.dtype), ((m, width), dy.dtype)]
@@ -233,20 +235,22 @@ def _multi_grad_input_outputs(
 def _multi_grad_input(
     dy: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, in_features: int, blocksize: int,
     a: list[Tensor], b: list[Tensor], entries: Tensor, scaling: Tensor, order: Tensor, segments: Tensor,
-    widths: list[int], batch_invariant: bool, dx: Tensor, v: Tensor,
+    widths: list[int], batch_invariant: bool, offsets: Tensor | None, dx: Tensor, v: Tensor,
 ) -> int:  # fmt: skip
+    offsets = aligned(offsets)
     table = Adapters(a, b, entries, scaling, order, segments, widths)
     status = _C.nf4_multi_lora_grad_input(
-        dy.data_ptr(), packed.data_ptr(), scales.data_ptr(), ptr(nested), blocksize, dx.data_ptr(),
-        v.data_ptr(), v.shape[0], packed.shape[0], in_features, _table(table), *_routing(table),
-        batch_invariant, DTYPE_CODE[dy.dtype], torch.get_num_threads(), level(),
+        dy.data_ptr(), packed.data_ptr(), scales.data_ptr(), ptr(nested), blocksize, ptr(offsets),
+        checks.group_count(offsets), dx.data_ptr(), v.data_ptr(), v.shape[0],
+        packed.shape[0], in_features, _table(table), *_routing(table), batch_invariant,
+        DTYPE_CODE[dy.dtype], torch.get_num_threads(), level(),
     )  # fmt: skip
     return _told("nf4_multi_lora_grad_input", status, table)
 
 
 define(
     "nf4_multi_lora_grad_input(Tensor dy, Tensor packed, Tensor scales, Tensor? nested, int in_features, "
-    f"int blocksize, {_ADAPTERS}, bool batch_invariant) -> (Tensor dx, Tensor v)",
+    f"int blocksize, {_ADAPTERS}, bool batch_invariant, Tensor? offsets=None) -> (Tensor dx, Tensor v)",
     _multi_grad_input_outputs,
     _multi_grad_input,
     cuda_segmented.multi_grad_input,

@@ -70,6 +70,13 @@ def nf4_dequantize(codes: Tensor, absmax: Tensor, blocksize: int, dtype: torch.d
     return values.reshape(-1)[: codes.numel()].reshape(codes.shape).to(dtype)
 
 
+def nf4_add_offsets(weight: Tensor, offsets: Tensor) -> Tensor:
+    """weight (n, k) float32, and to each group of k / groups columns of a row its offset (n, groups): one
+    float32 rounding after that of code * absmax."""
+    n, k = weight.shape
+    return (weight.view(n, offsets.shape[1], -1) + offsets[:, :, None]).view(n, k)
+
+
 def dynamic_map() -> Tensor:
     """The 256 ascending float32 values of the signed dynamic 8-bit map (8-bit optimizers, Dettmers, 2022).
 

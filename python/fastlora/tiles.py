@@ -20,7 +20,7 @@ def row_tiles(weight: Packed, in_features: int, elements: int = TILE) -> Iterato
     A tile has about `elements` of them, and ends where a scale block does, which may take up to `blocksize`
     rows. Raises nothing of its own.
     """
-    packed, scales, nested, blocksize = weight
+    packed, scales, nested, blocksize, offsets = weight
     n = packed.shape[0]
     absmax = torch.ops.fastlora.nf4_decode_absmax(scales, nested).view(torch.uint8)
     whole = blocksize // gcd(in_features, blocksize)  # the fewest rows that are whole blocks
@@ -35,5 +35,6 @@ def row_tiles(weight: Packed, in_features: int, elements: int = TILE) -> Iterato
             in_features,
             blocksize,
             torch.float32,
+            None if offsets is None else offsets[rows],
         )
         yield rows, tile

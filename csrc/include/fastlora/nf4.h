@@ -51,6 +51,9 @@ struct Nf4Weight {
   int64_t n;  // out_features (rows)
   int64_t k;  // in_features (columns)
   int64_t blocksize;
+  // Or null; (n, groups): what is added to each weight of a group, which is k / groups columns of a row.
+  const float* offsets = nullptr;
+  int64_t groups = 0;
 };
 
 // The 256 values of the signed dynamic 8-bit map, ascending; built once, the same bits everywhere.
@@ -90,7 +93,8 @@ struct Nf4DequantizeArgs {
   DType dtype;
   int32_t threads;
 };
-// out = code * absmax in float32, rounded once to dtype.
+// out = code * absmax in float32, rounded once to dtype; with offsets code * absmax + offset, two roundings, in
+// float32 only.
 Status nf4_dequantize(const Nf4DequantizeArgs& args, Isa isa);
 
 // absmax (blocks) float32 from either form of scales.

@@ -6,6 +6,10 @@
 
 #include "fastlora/nf4.h"
 
+// A weight's offsets are a low-rank term too, of rank `groups`: x·(W + O)ᵀ = x·Wᵀ + sums·offsetsᵀ, where sums are
+// those of x over each group. So they are groups more contraction steps forward; backward, dy·offsets is added to
+// every column of its group.
+
 namespace fastlora {
 
 // y = x·Wᵀ + scaling · u·lora_bᵀ + bias,  u = x·lora_aᵀ
@@ -23,6 +27,7 @@ struct Nf4LinearArgs {
   DType lora_dtype;  // of lora_a, lora_b
   int32_t threads;
   const float* addend = nullptr;  // (m, n) or null: added before the one rounding
+  const float* sums = nullptr;    // (m, groups) of a weight with offsets: nf4_linear provides them to its kernels
 };
 Status nf4_linear(const Nf4LinearArgs& args, Isa isa);
 
@@ -40,6 +45,7 @@ struct Nf4LinearGradInputArgs {
   DType lora_dtype;  // of lora_a, lora_b
   int32_t threads;
   const float* addend = nullptr;  // (m, k) or null: added before the one rounding
+  void* per_group = nullptr;      // (m, groups), dtype: for dy·offsets; nf4_linear_grad_input provides the room
 };
 Status nf4_linear_grad_input(const Nf4LinearGradInputArgs& args, Isa isa);
 

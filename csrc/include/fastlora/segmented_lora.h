@@ -101,6 +101,7 @@ struct Nf4MultiLoraLinearArgs {
   bool batch_invariant;  // a row's bits do not depend on the other rows
   int32_t threads;
   Isa isa;
+  const float* sums = nullptr;  // as Nf4LinearArgs'
 };
 Status nf4_multi_lora_linear(const Nf4MultiLoraLinearArgs& args);
 
@@ -117,6 +118,7 @@ struct Nf4MultiLoraGradInputArgs {
   bool batch_invariant;
   int32_t threads;
   Isa isa;
+  void* per_group = nullptr;  // as Nf4LinearGradInputArgs'
 };
 Status nf4_multi_lora_grad_input(const Nf4MultiLoraGradInputArgs& args);
 

@@ -30,7 +30,7 @@ def linear(x: Tensor, stored: Stored, bias: Tensor | None) -> Tensor:
     if stored.shape[1] % 2:  # rows begin within bytes
         with torch.autocast(x.device.type, enabled=False):
             return torch.nn.functional.linear(x, dequantize(stored, x.dtype), bias)
-    return torch.ops.fastlora.nf4_linear.default(x, *packed(stored), bias, None, None, 1.0)
+    return torch.ops.fastlora.nf4_linear.default(x, *packed(stored)[:4], bias, None, None, 1.0)
 
 
 # --- the gradient ------------------------------------------------------------------------------------------
@@ -52,7 +52,7 @@ def _grad_input(dy: Tensor, *weight: Any) -> Tensor:
         with torch.autocast(dy.device.type, enabled=False):
             return dy @ dequantize(stored, dy.dtype)
     op = torch.ops.fastlora.nf4_linear_grad_input.default
-    data, scales, nested, blocksize = packed(stored)
+    data, scales, nested, blocksize, _ = packed(stored)
     return op(dy, data, scales, nested, k, blocksize, None, None, 1.0)[0]
 
 

@@ -172,7 +172,7 @@ def _forward(self: Any, x: Tensor) -> Tensor:
     packed = weights.packed(weights.of_state(weight, state))
     y = direct.linear(seen, packed, bias, None, None, 1.0)
     if y is None:
-        y = torch.ops.fastlora.nf4_linear.default(seen, *packed, bias, None, None, 1.0)
+        y = torch.ops.fastlora.nf4_linear.default(seen, *packed[:4], bias, None, None, 1.0)
     return y.to(x.dtype)
 
 

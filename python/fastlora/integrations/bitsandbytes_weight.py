@@ -47,7 +47,7 @@ def packed(stored: Stored) -> Packed:
     """As the kernels take a matrix whose rows are whole bytes (k even)."""
     n, k = stored.shape
     with torch._C.DisableTorchFunctionSubclass():  # a Params4bit's methods take several times as long
-        return as_bytes(stored.data, n * k).view(n, k // 2), *_scales(stored), stored.blocksize
+        return as_bytes(stored.data, n * k).view(n, k // 2), *_scales(stored), stored.blocksize, None
 
 
 def dequantize(stored: Stored, dtype: torch.dtype) -> Tensor:

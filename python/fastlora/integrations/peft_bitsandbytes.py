@@ -180,7 +180,7 @@ def read(weight: Tensor) -> Packed:
             codes = weight.detach()
         tensors = {f"weight.{name}": part for name, part in state.as_dict(packed=True).items()}
         got = NF4Weight.from_bitsandbytes({"weight": codes, **tensors})
-    return got.packed, got.scales, got.nested, got.blocksize
+    return got.parts
 
 
 def unpack(weight: Any) -> None:
@@ -211,8 +211,8 @@ def _traced(weight: Tensor, state: Any, n: int, k: int) -> Packed | None:
         return None
     codes = weight.detach().view(torch.uint8).view(n, k // 2)
     if not state.nested:
-        return codes, state.absmax.float().reshape(-1).view(torch.uint8), None, state.blocksize
+        return codes, state.absmax.float().reshape(-1).view(torch.uint8), None, state.blocksize, None
     if state.state2.blocksize != checks.NESTED_BLOCKSIZE:
         return None
     nested = torch.cat((state.offset.reshape(1).float(), state.state2.absmax.float()))
-    return codes, state.absmax, nested.view(torch.uint8), state.blocksize
+    return codes, state.absmax, nested.view(torch.uint8), state.blocksize, None

@@ -57,7 +57,7 @@ class FusedForward(_Layer):
                 return super().forward(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
         base = self.base_layer
-        weight = (base.weight, base.weight_scales, base.weight_nested, base.blocksize)
+        weight = base.packed_weight()
         if names is not None:
             return self._mixed(x, names, weight, base.bias)
         active = [name for name in self.active_adapters if name in self.lora_A]

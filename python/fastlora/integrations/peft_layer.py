@@ -22,7 +22,7 @@ from ..linear import QLinear, _applied
 from ..nf4 import NF4Weight, quantize_nf4
 from .peft_forward import FusedForward
 
-_PARTS = ("weight", "weight_scales", "weight_nested", "bias")
+_PARTS = ("weight", "weight_scales", "weight_nested", "weight_offsets", "bias")
 # peft's variants of LoRA that leave the base weight alone, or only read it.
 _VARIANTS = frozenset(
     [
@@ -150,7 +150,12 @@ class LoraQLinear(FusedForward, FusedLoraLayer, Linear):  # "Linear": peft goes 
         with torch.no_grad():
             dense, bias = self._folded(original, [*self.merged_adapters, *names])
             try:
-                merged = quantize_nf4(dense, blocksize=base.blocksize, double_quant=base.double_quant)
+                merged = quantize_nf4(
+                    dense,
+                    blocksize=base.blocksize,
+                    double_quant=base.double_quant,
+                    offsets=_packed(base, original).offset_values,
+                )
             except ValueError as error:
                 raise ValueError(
                     f"merge: expected a finite sum with adapters {names}, got {error}"
@@ -184,7 +189,7 @@ class LoraQLinear(FusedForward, FusedLoraLayer, Linear):  # "Linear": peft goes 
             if self.lora_bias.get(name):
                 if base.bias is None:
                     raise RuntimeError(f"merge: expected a base with a bias for {name}'s lora_bias, got none")
-                bias = (original[3].float() if bias is None else bias) + self.lora_B[name].bias * scaling
+                bias = (original[-1].float() if bias is None else bias) + self.lora_B[name].bias * scaling
         return dense, bias
 
     def unmerge(self) -> None:
@@ -211,15 +216,17 @@ class LoraQLinear(FusedForward, FusedLoraLayer, Linear):  # "Linear": peft goes 
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _dequantized(base: QLinear, parts: Sequence[Any]) -> Tensor:
-    """A new float32 matrix of what packed `parts` of the base mean."""
-    weight, scales, nested = (None if p is None else p.detach() for p in parts[:3])
+def _packed(base: QLinear, parts: Sequence[Any]) -> NF4Weight:
+    """What _PARTS of the base are as a weight."""
+    weight, scales, nested, offsets = (None if p is None else p.detach() for p in parts[:-1])
     assert weight is not None
     assert scales is not None
     shape = torch.Size((base.out_features, base.in_features))
-    return NF4Weight(weight, scales, nested, shape, base.weight_dtype, base.blocksize).dequantize(
-        torch.float32
-    )
+    return NF4Weight(weight, scales, nested, shape, base.weight_dtype, base.blocksize, offsets)
+
+
+def _dequantized(base: QLinear, parts: Sequence[Any]) -> Tensor:
+    return _packed(base, parts).dequantize(torch.float32)
 
 
 class _DenseView:

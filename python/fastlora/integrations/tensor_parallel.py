@@ -117,7 +117,7 @@ class _Layer(QLinear):
     def compute(self, x: Tensor) -> Tensor:
         """What this rank adds to y, or the part of it that it has."""
         scales, nested = self.local_scales()
-        weight = (_local(self.weight).detach(), scales, nested, self.blocksize)
+        weight = (_local(self.weight).detach(), scales, nested, self.blocksize, None)
         bias = self.local_bias()
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)

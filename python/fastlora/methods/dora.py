@@ -59,7 +59,7 @@ def dora_linear(
 def row_norms(weight: Packed, squares: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """|row i of W + scaling·B·A|: float32 (n,). squares: |row i of W|² (n,)."""
     a, b = lora_a.float(), lora_b.float()
-    with_a = torch.ops.fastlora.nf4_linear(a, *weight, None, None, None, 0.0)  # A·Wᵀ (r, n)
+    with_a = torch.ops.fastlora.nf4_linear(a, *weight[:4], None, None, None, 0.0, weight[4])  # A·Wᵀ (r, n)
     cross = (b * with_a.t()).sum(1)
     with nullcontext() if a.is_meta else torch.autocast(a.device.type, enabled=False):
         change = ((b @ (a @ a.t())) * b).sum(1)
@@ -82,7 +82,7 @@ class RowSquares:
 
     @torch.no_grad()
     def of(self, weight: Packed, in_features: int) -> Tensor:
-        parts = [part for part in weight[:3] if part is not None]
+        parts = [part for part in (*weight[:3], weight[4]) if part is not None]
         if torch.compiler.is_compiling() or any(part.is_inference() for part in parts):
             return squared_rows(weight, in_features)
         same = len(parts) == len(self._seen) and all(
@@ -121,7 +121,7 @@ class DoraQLinear(OneAdapter):
         """n: float32 (out_features,)."""
         assert self.lora_A is not None
         assert self.lora_B is not None
-        weight = (self.weight, self.weight_scales, self.weight_nested, self.blocksize)
+        weight = self.packed_weight()
         squares = self._squares.of(weight, self.in_features)
         return row_norms(weight, squares, self.lora_A, self.lora_B, self.scaling)
 

@@ -25,7 +25,7 @@ class OneAdapter(QLinear):
             raise ValueError(
                 f"{type(self).__name__}: expected x of shape (..., {self.in_features}), got {tuple(x.shape)}"
             )
-        weight = (self.weight, self.weight_scales, self.weight_nested, self.blocksize)
+        weight = self.packed_weight()
         bias = self.bias if self.bias is None or self.bias.dtype == x.dtype else self.bias.to(x.dtype)
         return self.adapted(x, weight, bias)
 

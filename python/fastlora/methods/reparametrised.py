@@ -58,7 +58,7 @@ class Reparametrised(OneAdapter):
             dtype=self.weight_dtype,
             device="meta",
         )
-        for name in ("weight", "weight_scales", "weight_nested", "bias"):
+        for name in ("weight", "weight_scales", "weight_nested", "weight_offsets", "bias"):
             setattr(layer, name, getattr(self, name))
         if rank and a is not None and b is not None:
             learns = any(p.requires_grad for p in self.adapter_parameters())
