@@ -53,9 +53,9 @@ int32_t bind_nf4_decode_absmax(uintptr_t scales, uintptr_t nested, int64_t block
 }
 
 int32_t bind_nf4_linear(uintptr_t x, uintptr_t packed, uintptr_t scales, uintptr_t nested, uintptr_t bias,
-                        uintptr_t lora_a, uintptr_t lora_b, uintptr_t u, uintptr_t y, int64_t m, int64_t n,
-                        int64_t k, int64_t r, int64_t blocksize, uintptr_t offsets, int64_t groups, float scaling,
-                        int32_t dtype, int32_t lora_dtype, int32_t threads, int32_t isa) {
+                        uintptr_t lora_a, uintptr_t lora_b, uintptr_t gain, uintptr_t u, uintptr_t y, int64_t m,
+                        int64_t n, int64_t k, int64_t r, int64_t blocksize, uintptr_t offsets, int64_t groups,
+                        float scaling, int32_t dtype, int32_t lora_dtype, int32_t threads, int32_t isa) {
   const Nf4LinearArgs args{.x = at<const void>(x),
                            .weight = weight_at(packed, scales, nested, n, k, blocksize, offsets, groups),
                            .bias = at<const void>(bias),
@@ -68,7 +68,8 @@ int32_t bind_nf4_linear(uintptr_t x, uintptr_t packed, uintptr_t scales, uintptr
                            .scaling = scaling,
                            .dtype = static_cast<DType>(dtype),
                            .lora_dtype = static_cast<DType>(lora_dtype),
-                           .threads = threads};
+                           .threads = threads,
+                           .gain = at<const float>(gain)};
   return static_cast<int32_t>(nf4_linear(args, static_cast<Isa>(isa)));
 }
 

@@ -68,7 +68,7 @@ int32_t bind_nf4_slab(uintptr_t packed, uintptr_t scales, uintptr_t nested, uint
 // the one that runs.
 template <auto kRun>
 auto bind_nf4_linear(uintptr_t x, uintptr_t packed, uintptr_t scales, uintptr_t nested, uintptr_t map,
-                     uintptr_t bias, uintptr_t lora_a, uintptr_t lora_b, uintptr_t u, uintptr_t y,
+                     uintptr_t bias, uintptr_t lora_a, uintptr_t lora_b, uintptr_t gain, uintptr_t u, uintptr_t y,
                      uintptr_t scratch, int64_t m, int64_t n, int64_t k, int64_t r, int64_t blocksize,
                      double scaling, int32_t dtype, int32_t lora_dtype, int32_t route, uintptr_t stream) {
   const Nf4LinearCudaArgs args{.call = {.x = at<const void>(x),
@@ -83,7 +83,8 @@ auto bind_nf4_linear(uintptr_t x, uintptr_t packed, uintptr_t scales, uintptr_t 
                                         .scaling = static_cast<float>(scaling),
                                         .dtype = static_cast<DType>(dtype),
                                         .lora_dtype = static_cast<DType>(lora_dtype),
-                                        .threads = 0},
+                                        .threads = 0,
+                                        .gain = at<const float>(gain)},
                                .map = at<const float>(map),
                                .route = static_cast<CudaRoute>(route),
                                .scratch = at<void>(scratch),

@@ -30,6 +30,7 @@ AXES = {
     "double_quant": (False, True),
     "bias": (False, True),
     "offsets": (False, True),
+    "gain": (False, True),
     "scaling": (1.0, 2.0, 0.25),
 }
 
@@ -71,11 +72,14 @@ class Case:
     bias: bool = True
     scaling: float = 1.0
     offsets: bool = False
+    gain: bool = False
 
     def __str__(self) -> str:
         words = [f"m{self.m}-n{self.n}-k{self.k}-r{self.r}-bs{self.blocksize}", str(self.dtype)[6:]]
         words += [
-            name for name in ("float32_adapters", "double_quant", "bias", "offsets") if getattr(self, name)
+            name
+            for name in ("float32_adapters", "double_quant", "bias", "offsets", "gain")
+            if getattr(self, name)
         ]
         return "-".join(words)
 
@@ -153,12 +157,16 @@ class Inputs:
     lora_a: Tensor | None
     lora_b: Tensor | None
     scaling: float
+    gain: Tensor | None = None  # (n,) float32
 
     @property
     def linear(self) -> tuple:
         """What nf4_linear and nf4_linear_with_u take."""
         w = self.weight
-        return (self.x, *w.tensors, w.blocksize, self.bias, self.lora_a, self.lora_b, self.scaling, w.offsets)
+        return (
+            self.x, *w.tensors, w.blocksize, self.bias, self.lora_a, self.lora_b, self.scaling, w.offsets,
+            self.gain,
+        )  # fmt: skip
 
     @property
     def grad_input(self) -> tuple:
@@ -184,4 +192,5 @@ def make_inputs(case: Case, seed: int = 0) -> Inputs:
         lora_a=normal(case.r, case.k, dtype=adapters, scale=case.k**-0.5) if case.r else None,
         lora_b=normal(case.n, case.r, dtype=adapters, scale=0.1) if case.r else None,
         scaling=case.scaling,
+        gain=normal(case.n, dtype=torch.float32) if case.gain else None,
     )

@@ -10,6 +10,7 @@ from torch import nn
 
 import fastlora
 from fastlora import QLinear
+from fastlora.methods import dora
 from fastlora.methods.dora import DoraQLinear, RowSquares, row_norms, squared_rows
 from fastlora.tiles import row_tiles
 
@@ -144,6 +145,44 @@ def test_forward_and_gradients(dtype, bias):
     ):  # fmt: skip
         assert relative_error(mine.grad, theirs.grad) < tolerance, name
     assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize("m", [1, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_without_gradients_the_kernel_multiplies(dtype, m):
+    layer = trained(bias=True)
+    x = torch.randn(m, K, dtype=dtype)
+    want = reference(x.double(), *doubles(layer))
+    with torch.no_grad():
+        fused = layer(x)
+    assert fused.dtype == dtype
+    assert relative_error(fused, want) < TOLERANCES[dtype].frobenius
+    assert relative_error(fused, want) <= 1.05 * relative_error(layer(x).detach(), want)  # rounded once
+
+
+def test_the_factor_is_kept_until_something_changes(monkeypatch):
+    layer, x, calls = trained(), torch.randn(2, K), []
+    row_norms = dora.row_norms
+    monkeypatch.setattr(dora, "row_norms", lambda *args: calls.append(1) or row_norms(*args))
+
+    def computed() -> int:
+        calls.clear()
+        with torch.no_grad():
+            torch.testing.assert_close(
+                layer(x).double(), reference(x.double(), *doubles(layer)), rtol=1e-5, atol=1e-5
+            )
+        return len(calls)
+
+    assert [computed(), computed()] == [1, 0]
+    for p in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+        p.data.mul_(1.25)  # no version counts this
+        assert [computed(), computed()] == [1, 0]
+    layer.set_alpha(3)
+    assert [computed(), computed()] == [1, 0]
+    layer.load_state_dict(trained(seed=5).state_dict())
+    assert [computed(), computed()] == [1, 0]
+    layer(x)
+    assert len(calls) == 1, "a training call computes the norm anew"
 
 
 def test_it_starts_at_the_base_and_at_every_initialisation():

@@ -33,9 +33,11 @@ class Prepared:
 def prepare(case: Case, seed: int) -> Prepared:
     inputs = make_inputs(case, seed)
     dense, scaling = inputs.weight.dense, inputs.scaling
-    y, u = reference.nf4_linear(inputs.x, dense, inputs.bias, inputs.lora_a, inputs.lora_b, scaling)
+    y, u = reference.nf4_linear(
+        inputs.x, dense, inputs.bias, inputs.lora_a, inputs.lora_b, scaling, inputs.gain
+    )
     y_bound = linear_bound(
-        inputs.x, inputs.weight.magnitudes, inputs.lora_a, inputs.lora_b, scaling, y, case.dtype
+        inputs.x, inputs.weight.magnitudes, inputs.lora_a, inputs.lora_b, scaling, y, case.dtype, inputs.gain
     )
     u_bound = torch.zeros_like(u)
     if inputs.lora_a is not None:

@@ -25,7 +25,19 @@ M, N, K, R = 3, 33, 70, 4
 def linear_args(case: Case | None = None) -> dict:
     """Arguments of nf4_linear by name, in order."""
     inputs = make_inputs(case or Case(M, N, K, R, 64, torch.bfloat16))
-    names = ("x", "packed", "scales", "nested", "blocksize", "bias", "lora_a", "lora_b", "scaling", "offsets")
+    names = (
+        "x",
+        "packed",
+        "scales",
+        "nested",
+        "blocksize",
+        "bias",
+        "lora_a",
+        "lora_b",
+        "scaling",
+        "offsets",
+        "gain",
+    )
     return dict(zip(names, inputs.linear, strict=True))
 
 
@@ -223,6 +235,11 @@ LORA_ERRORS = [
     ({"lora_a": torch.zeros(R, K, device="meta")}, RuntimeError, "expected lora_a on cpu, got meta"),
     ({"lora_b": torch.zeros(N, R, device="meta")}, RuntimeError, "expected lora_b on cpu, got meta"),
 ]  # fmt: skip
+GAIN_ERRORS = [
+    ({"gain": torch.zeros(N, dtype=half)}, TypeError, "expected gain in float32, got torch.float16"),
+    ({"gain": torch.zeros(N + 1)}, ValueError, "expected gain of shape (33,) (out_features), got (34,)"),
+    ({"gain": torch.zeros(N, device="meta")}, RuntimeError, "expected gain on cpu, got meta"),
+]  # fmt: skip
 BIAS_ERRORS = [
     ({"bias": torch.zeros(N)}, TypeError, "expected bias in x's dtype torch.bfloat16, got torch.float32"),
     ({"bias": torch.zeros(N + 1, dtype=x.dtype)}, ValueError,
@@ -315,7 +332,10 @@ DROPOUT_ERRORS = [
 BAD_INPUTS = [
     (name, *bad)
     for names, table in (
-        (("nf4_linear", "nf4_linear_with_u"), X_ERRORS + WEIGHT_ERRORS + BIAS_ERRORS + LORA_ERRORS),
+        (
+            ("nf4_linear", "nf4_linear_with_u"),
+            X_ERRORS + WEIGHT_ERRORS + BIAS_ERRORS + GAIN_ERRORS + LORA_ERRORS,
+        ),
         (("nf4_linear_given_u",), X_ERRORS + WEIGHT_ERRORS + BIAS_ERRORS + U_ERRORS),
         (("nf4_linear_grad_input",), DY_ERRORS + WEIGHT_ERRORS + LORA_ERRORS),
         (("nf4_linear_backward",), DY_ERRORS + WEIGHT_ERRORS + NO_ADAPTER_IS_NO_CASE + BACKWARD_ERRORS),

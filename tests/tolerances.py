@@ -79,13 +79,16 @@ def linear_bound(
     scaling: float,
     y: Tensor,
     dtype: torch.dtype,
+    gain: Tensor | None = None,
 ) -> Tensor:
-    """The elementwise bound of y = x·Wᵀ + s·(x·Aᵀ)·Bᵀ + bias, given the float64 result `y`."""
+    """The elementwise bound of y = gain·(x·Wᵀ + s·(x·Aᵀ)·Bᵀ) + bias, given the float64 result `y`."""
     t = TOLERANCES[dtype]
     x, weight = x.double().abs(), weight.double().abs()
     peak = x.amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros(())
-    bound = t.products * (x @ weight.T) + t.peak * peak * weight.sum(1) + t.output * y.abs()
+    bound = t.products * (x @ weight.T) + t.peak * peak * weight.sum(1)
     if lora_a is not None and lora_b is not None:
         u = x @ lora_a.double().abs().T
         bound = bound + t.low_rank * abs(scaling) * (u @ lora_b.double().abs().T)
-    return bound
+    if gain is not None:
+        bound = bound * gain.double().abs()
+    return bound + t.output * y.abs()

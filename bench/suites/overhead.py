@@ -78,7 +78,7 @@ def _calls(problem: Problem, x: Tensor) -> dict[str, tuple[Callable[[], Tensor |
     code = DTYPE_CODE[problem.kind]
     addresses = (
         x.data_ptr(), *(part.data_ptr() for part in parts), 0, layer.lora_A.data_ptr(),
-        layer.lora_B.data_ptr(), u.data_ptr(), y.data_ptr(), x.shape[0], SIZE, SIZE, problem.r,
+        layer.lora_B.data_ptr(), 0, u.data_ptr(), y.data_ptr(), x.shape[0], SIZE, SIZE, problem.r,
         layer.blocksize, 0, 0, layer.scaling, code, code, torch.get_num_threads(), isa.level(),
     )  # fmt: skip
     op = torch.ops.fastlora.nf4_linear.default

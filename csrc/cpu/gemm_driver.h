@@ -40,6 +40,7 @@ Status gemm_linear(const Nf4LinearArgs& a) {
                              .bias = a.bias,
                              .out = a.y,
                              .addend = a.addend,
+                             .gain = a.gain,
                              .sums = a.sums,
                              .offsets = offsets_of(a.weight)};
   if (a.r > 0 && a.lora_a != nullptr && projects) base.down = down;

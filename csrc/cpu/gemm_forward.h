@@ -1,4 +1,4 @@
-// out (m, src.n) = x·srcᵀ + u·extᵀ + sums·offsetsᵀ + bias.
+// out (m, src.n) = gain·(x·srcᵀ + u·extᵀ + sums·offsetsᵀ) + bias.
 #pragma once
 
 #include "gemm_fill.h"
@@ -20,6 +20,7 @@ struct Forward {
   const void* bias;
   void* out;                      // (m, n), dtype
   const float* addend = nullptr;  // (m, n)
+  const float* gain = nullptr;    // (n)
   Beside beside = {};             // where rows of x and out lie, and what comes on top
   int64_t x_ld = 0, out_ld = 0;   // where they differ from k and n
   DenseRows down = {};          // (r, k): if given, u is not read but computed from the same packed x, and written
@@ -278,6 +279,9 @@ struct Forward {
     const int64_t ld = out_ld > 0 ? out_ld : n;
     transpose_rows(c, rows, [&](int64_t row, float* values) {
       const int64_t at_out = beside.to(row0 + row) * ld + n0;
+      if (gain != nullptr) {
+        for (int64_t i = 0; i < count; ++i) values[i] *= gain[n0 + i];
+      }
       if (bias != nullptr) {
         for (int64_t i = 0; i < G::kStripRows; ++i) values[i] += offset[i];
       }

@@ -353,11 +353,12 @@ void group_outputs(const Job& job, const Row* rows, int64_t n0, int count) {
         sums[o][i] = _mm256_fmadd_ps(b, _mm256_load_ps(rows[i].sums + q), sums[o][i]);
       }
     }
+    const float gain = a.gain == nullptr ? 1.0f : a.gain[n0 + o];
     const float bias = a.bias == nullptr ? 0.0f : load_as_float(a.bias, n0 + o, a.dtype);
     for (int i = 0; i < kIn; ++i) {
       const int64_t at = rows[i].index * a.weight.n + n0 + o;
       const float beside = a.addend == nullptr ? bias : bias + a.addend[at];
-      store_from_float(a.y, at, a.dtype, sum8(sums[o][i]) + beside);
+      store_from_float(a.y, at, a.dtype, sum8(sums[o][i]) * gain + beside);
     }
   }
 }

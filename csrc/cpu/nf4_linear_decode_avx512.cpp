@@ -312,11 +312,12 @@ void output_rows(const Job& job, const Row* rows, int64_t n0) {
         sums[o][i] = _mm512_fmadd_ps(b, _mm512_load_ps(rows[i].sums + q), sums[o][i]);
       }
     }
+    const float gain = a.gain == nullptr ? 1.0f : a.gain[n0 + o];
     const float bias = a.bias == nullptr ? 0.0f : load_as_float(a.bias, n0 + o, a.dtype);
     for (int i = 0; i < kIn; ++i) {
       const int64_t at = rows[i].index * a.weight.n + n0 + o;
       const float beside = a.addend == nullptr ? bias : bias + a.addend[at];
-      store_from_float(a.y, at, a.dtype, _mm512_reduce_add_ps(sums[o][i]) + beside);
+      store_from_float(a.y, at, a.dtype, _mm512_reduce_add_ps(sums[o][i]) * gain + beside);
     }
   }
 }

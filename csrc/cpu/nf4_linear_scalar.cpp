@@ -75,6 +75,7 @@ void forward_range(void* context, int64_t begin, int64_t end) {
         for (int64_t q = 0; q < w.groups; ++q) {
           sum += a.sums[(i0 + i) * w.groups + q] * w.offsets[o * w.groups + q];
         }
+        if (a.gain != nullptr) sum *= a.gain[o];
         if (a.bias != nullptr) sum += load_as_float(a.bias, o, a.dtype);
         if (a.addend != nullptr) sum += a.addend[(i0 + i) * w.n + o];
         store_from_float(a.y, (i0 + i) * w.n + o, a.dtype, sum);

@@ -113,6 +113,7 @@ Status nf4_linear_cuda(const Nf4LinearCudaArgs& a) {
   auto* inner_parts = reinterpret_cast<float*>(scratch);
   ProductArgs args = product_args(plan, s, a.map, c.y, reinterpret_cast<float*>(scratch + inner_bytes(plan, s)));
   args.bias = plan.splits > 1 ? nullptr : c.bias;
+  args.gain = plan.splits > 1 ? nullptr : c.gain;
   args.factor = c.lora_b;
   args.factor_dtype = c.lora_dtype;
   args.scaling = c.scaling;
@@ -152,6 +153,7 @@ Status nf4_linear_cuda(const Nf4LinearCudaArgs& a) {
 #endif
   if (status != Status::kOk || plan.splits == 1) return status;
   args.bias = c.bias;
+  args.gain = c.gain;
   return launch_split_sum(args, c.y, args.n, c.dtype, a.stream);
 }
 

@@ -21,6 +21,7 @@ struct ProductArgs {
   DeviceScales scales;
   const float* map;          // (256) the dynamic map, with nested scales
   const void* bias;          // (outer size), x's dtype, or null
+  const float* gain;         // (outer size), or null: what the product is multiplied by
   const void* factor;        // (n, r) or (r, k), factor_dtype; null when r == 0
   const void* inner;         // (m, r), x's dtype; or null:
   const float* inner_parts;  // (inner_splits, m, r), to be summed in order
@@ -162,7 +163,7 @@ FASTLORA_DEVICE void inner_operand(const ProductArgs& args, int row, int r0, uin
 // ---- results ------------------------------------------------------------------------------------------------
 
 // kCount adjacent results of row `row` of x, from column `col` (a multiple of kCount) of `width`: to the output,
-// with the bias, or to this split's part.
+// with gain and bias, or to this split's part.
 template <DType D, int kCount>
 FASTLORA_DEVICE void store_results(const ProductArgs& args, int split, int row, int col, int width,
                                    float (&values)[kCount] FASTLORA_AT) {
@@ -189,6 +190,12 @@ FASTLORA_DEVICE void store_results(const ProductArgs& args, int split, int row, 
       if (col + i < width) store_global(part + i, values[i] FASTLORA_HERE);
     }
     return;
+  }
+  if (args.gain != nullptr) {
+    FASTLORA_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      if (col + i < width) values[i] = multiply(values[i], load_global(args.gain + col + i FASTLORA_HERE));
+    }
   }
   if (args.bias != nullptr) {
     FASTLORA_UNROLL

@@ -1,4 +1,5 @@
-// The end of a product whose contraction was split over blocks: the parts added in order, the bias, one rounding.
+// The end of a product whose contraction was split over blocks: the parts added in order, gain and bias, one
+// rounding.
 #include "kernels.cuh"
 #include "launch.cuh"
 #include "nf4_linear.cuh"
@@ -11,6 +12,7 @@ constexpr int kThreads = 256;
 struct SumArgs {
   const float* parts;  // (splits, rows, width)
   const void* bias;    // (width) or null
+  const float* gain;   // (width) or null
   void* out;           // (rows, width)
   int64_t count;       // rows * width
   int width, splits;
@@ -33,6 +35,10 @@ split_sum(FASTLORA_PARAMETER SumArgs args) {
     } else {
       sums[0] = add(sums[0], load_global(part));
     }
+  }
+  if (args.gain != nullptr) {
+    FASTLORA_UNROLL
+    for (int i = 0; i < kCount; ++i) sums[i] = multiply(sums[i], load_global(args.gain + index % args.width + i));
   }
   if (args.bias != nullptr) {
     FASTLORA_UNROLL
@@ -60,6 +66,7 @@ Status launch_as(const SumArgs& args, bool vectors, void* stream) {
 Status launch_split_sum(const ProductArgs& product, void* out, int width, DType dtype, void* stream) {
   const SumArgs args{.parts = product.parts,
                      .bias = product.bias,
+                     .gain = product.gain,
                      .out = out,
                      .count = static_cast<int64_t>(product.m) * width,
                      .width = width,

@@ -26,16 +26,16 @@ struct Case {
   bool nested, bias, given_u;
   float scaling;
   Place place;
-  bool offsets = false;
+  bool offsets = false, gain = false;
 };
 
 void label(const char* op, Isa isa, const Case& c, int32_t threads) {
-  set_case("%s %s %s lora %s m %lld n %lld k %lld r %lld blocksize %lld%s%s%s scaling %g threads %d %s%s", op,
+  set_case("%s %s %s lora %s m %lld n %lld k %lld r %lld blocksize %lld%s%s%s scaling %g threads %d %s%s%s", op,
            isa_name(isa), dtype_name(c.dtype), dtype_name(c.lora_dtype), static_cast<long long>(c.m),
            static_cast<long long>(c.n), static_cast<long long>(c.k), static_cast<long long>(c.r),
            static_cast<long long>(c.blocksize), c.nested ? " nested" : "", c.bias ? " bias" : "",
            c.given_u ? " given-u" : "", static_cast<double>(c.scaling), threads, place_name(c.place),
-           c.offsets ? " offsets" : "");
+           c.offsets ? " offsets" : "", c.gain ? " gain" : "");
 }
 
 Case random_case(Rng& rng, Place place) {
@@ -53,6 +53,7 @@ Case random_case(Rng& rng, Place place) {
   c.scaling = rng.coin() ? 2.0f : 0.375f;
   c.place = place;
   c.offsets = rng.below(3) == 0;
+  c.gain = rng.below(3) == 0;
   return c;
 }
 
@@ -88,6 +89,8 @@ void linear_case(const Case& c, Rng& rng) {
     for (int64_t j = 0; j < c.k; ++j) x.set(j, 0.0f);
     x.set(c.k + 66, 300.0f);
   }
+  const std::unique_ptr<Tensor> gain(optional_tensor(c.gain, c.place, c.n, DType::kFloat32));
+  if (gain) gain->fill_normal(rng, 1.0f);
   if (bias) bias->fill_normal(rng, 1.0f);
   if (lora_a) lora_a->fill_normal(rng, 0.2f);
   if (lora_b) lora_b->fill_normal(rng, 0.2f);
@@ -127,10 +130,13 @@ void linear_case(const Case& c, Rng& rng) {
         sum += b * u[static_cast<size_t>(i * c.r + q)];
         lora_size += std::fabs(b) * u_size[static_cast<size_t>(i * c.r + q)];
       }
+      const double factor = gain ? static_cast<double>((*gain)[o]) : 1.0;
+      sum *= factor;
       if (bias) sum += static_cast<double>((*bias)[o]);
       y[static_cast<size_t>(i * c.n + o)] = sum;
-      y_bound[static_cast<size_t>(i * c.n + o)] = share.products * size + share.peak * peak * weights +
-                                                  share.lora * lora_size + share.output * std::fabs(sum) + 1e-6;
+      y_bound[static_cast<size_t>(i * c.n + o)] =
+          std::fabs(factor) * (share.products * size + share.peak * peak * weights + share.lora * lora_size) +
+          share.output * std::fabs(sum) + 1e-6;
     }
   }
 
@@ -154,7 +160,8 @@ void linear_case(const Case& c, Rng& rng) {
                                .scaling = c.scaling,
                                .dtype = c.dtype,
                                .lora_dtype = c.lora_dtype,
-                               .threads = threads};
+                               .threads = threads,
+                               .gain = gain ? reinterpret_cast<const float*>(gain->buffer.bytes()) : nullptr};
       if (!check(nf4_linear(args, isa) == Status::kOk, "status")) continue;
       for (int64_t i = 0; i < c.m * c.n; ++i) {
         const double error = std::fabs(static_cast<double>((*got_y)[i]) - y[static_cast<size_t>(i)]);

@@ -48,6 +48,7 @@ def nf4_linear(
     bias: int,
     lora_a: int,
     lora_b: int,
+    gain: int,
     u: int,
     y: int,
     m: int,

@@ -87,14 +87,19 @@ def linear_from_parts(
     lora_b: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
+    gain: Tensor | None = None,
 ) -> Tensor:
-    """:func:`nf4_linear` over the parts of a weight."""
+    """:func:`nf4_linear` over the parts of a weight. gain: ``(n,)`` float32, what each column of y, less the
+    bias, is multiplied by before it is rounded; for a call without dropout that wants no gradient."""
     if _any_autocast():
         device_type = x.device.type
         if _autocast_is_on(device_type) and x.dtype in checks.DTYPE_CODE:
             dtype = torch.get_autocast_dtype(device_type)
             x = x.to(dtype)
             bias = None if bias is None else bias.to(dtype)
+    if gain is not None:
+        check_whole("nf4_linear", weight[0])
+        return _linear(x, *weight[:4], bias, gathered(lora_a), gathered(lora_b), scaling, weight[4], gain)
     seed = None
     if dropout:
         if not 0.0 < dropout < 1.0:

@@ -154,6 +154,13 @@ def check_linear(op: str, x: Tensor, weight: Packed, bias: Tensor | None) -> tup
     return n, k
 
 
+def check_gain(op: str, gain: Tensor, n: int, device: torch.device) -> None:
+    if gain.dtype is not torch.float32:
+        raise TypeError(f"{op}: expected gain in float32, got {gain.dtype}")
+    check_device(op, "gain", gain, device)
+    check_shape(op, "gain", gain, (n,), "out_features")
+
+
 def check_given_u(op: str, x: Tensor, u: Tensor, lora_b: Tensor, n: int) -> None:
     """An adapter whose u = dropout(x)·Aᵀ is there already."""
     check_float(op, "lora_b", lora_b)

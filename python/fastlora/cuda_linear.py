@@ -124,11 +124,11 @@ def grad_a(device: Device, v: Tensor, x: Tensor, dtype: torch.dtype, da: Tensor)
 
 def linear(
     device: Device, x: Tensor, weight: Packed, bias: Tensor | None, lora_a: Tensor | None,
-    lora_b: Tensor | None, u: Tensor | None, scaling: float, y: Tensor,
+    lora_b: Tensor | None, u: Tensor | None, scaling: float, y: Tensor, gain: Tensor | None = None,
 ) -> int:  # fmt: skip
     """y. lora_a None, lora_b given: u is an input; else u, if it is given, is written too."""
     if weight[4] is not None:
-        return cuda_offsets.linear(device, x, weight, bias, lora_a, lora_b, u, scaling, y)
+        return cuda_offsets.linear(device, x, weight, bias, lora_a, lora_b, u, scaling, y, gain)
     m, n, k = cuda.rows(x), weight[0].shape[0], x.shape[-1]
     r = 0 if lora_b is None else lora_b.shape[1]
     if not r:
@@ -138,11 +138,17 @@ def linear(
     status = None
     if n and k:
         status = run_with_scratch(
-            device, "nf4_linear", (x, *cuda.parts(weight), bias, lora_a, lora_b), (u, y), m, n, k, r,
+            device, "nf4_linear", (x, *cuda.parts(weight), bias, lora_a, lora_b, gain), (u, y), m, n, k, r,
             weight[3], scaling, DTYPE_CODE[x.dtype],
             DTYPE_CODE[x.dtype if lora_b is None else lora_b.dtype], _route,
         )  # fmt: skip
     if status is not None:
+        return status
+    if gain is not None:  # which torch's product knows nothing of
+        status = linear(device, x, weight, None, lora_a, lora_b, u, scaling, y)
+        y.mul_(gain)
+        if bias is not None:
+            y.add_(bias)
         return status
     ones = bias is not None
     wide = cuda_dense.wide_room(device, x, r, ones=ones)

@@ -28,7 +28,7 @@ def _joined(scaling: float, lora_b: Tensor | None, offsets: Tensor) -> Tensor:
 
 def linear(
     device: Device, x: Tensor, weight: Packed, bias: Tensor | None, lora_a: Tensor | None,
-    lora_b: Tensor | None, u: Tensor | None, scaling: float, y: Tensor,
+    lora_b: Tensor | None, u: Tensor | None, scaling: float, y: Tensor, gain: Tensor | None,
 ) -> int:  # fmt: skip
     """As cuda_linear.linear."""
     m, k, groups = cuda.rows(x), x.shape[-1], group_count(weight[4])
@@ -46,7 +46,7 @@ def linear(
         else:
             lora_b = None
         factor = _joined(scaling, lora_b, _values(weight))
-    return cuda_linear.linear(device, x, (*weight[:4], None), bias, None, factor, sums, 1.0, y)
+    return cuda_linear.linear(device, x, (*weight[:4], None), bias, None, factor, sums, 1.0, y, gain)
 
 
 def grad_input(

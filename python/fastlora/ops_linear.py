@@ -23,6 +23,7 @@ def _run_linear(
     u: Tensor | None,
     scaling: float,
     y: Tensor,
+    gain: Tensor | None = None,
 ) -> int:
     """lora_a None: u is an input."""
     packed, scales, nested, blocksize, offsets = weight
@@ -32,30 +33,34 @@ def _run_linear(
     lora_dtype = x.dtype if lora_b is None else lora_b.dtype
     return _C.nf4_linear(
         x.data_ptr(), packed.data_ptr(), scales.data_ptr(), ptr(nested), ptr(bias), ptr(lora_a),
-        ptr(lora_b), ptr(u), y.data_ptr(), m, n, k, r, blocksize, ptr(offsets), checks.group_count(offsets),
-        scaling, DTYPE_CODE[x.dtype], DTYPE_CODE[lora_dtype], torch.get_num_threads(), level(),
+        ptr(lora_b), ptr(gain), ptr(u), y.data_ptr(), m, n, k, r, blocksize, ptr(offsets),
+        checks.group_count(offsets), scaling, DTYPE_CODE[x.dtype], DTYPE_CODE[lora_dtype],
+        torch.get_num_threads(), level(),
     )  # fmt: skip
 
 
 def _linear_with_u_outputs(
     x: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, blocksize: int, bias: Tensor | None,
     lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, offsets: Tensor | None,
+    gain: Tensor | None,
 ) -> Outputs:  # fmt: skip
     n, k = checks.check_linear("nf4_linear", x, (packed, scales, nested, blocksize, offsets), bias)
     r = checks.check_lora("nf4_linear", lora_a, lora_b, n, k, x.device)
+    if gain is not None:
+        checks.check_gain("nf4_linear", gain, n, x.device)
     lead = x.shape[:-1]
     return [((*lead, n), x.dtype), ((*lead, r), x.dtype)]
 
 
 def _linear_with_u(
     x: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, blocksize: int, bias: Tensor | None,
-    lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, offsets: Tensor | None, y: Tensor,
-    u: Tensor | None,
+    lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, offsets: Tensor | None,
+    gain: Tensor | None, y: Tensor, u: Tensor | None,
 ) -> int:  # fmt: skip
     if u is not None and not x.shape[-1]:
         u.zero_()  # an empty lora_a has no address, and the kernel takes u for an input
     weight = (packed, scales, nested, blocksize, offsets)
-    return _run_linear(x, weight, bias, lora_a, lora_b, u, scaling, y)
+    return _run_linear(x, weight, bias, lora_a, lora_b, u, scaling, y, gain)
 
 
 def _linear_outputs(*args: Any) -> Outputs:
@@ -71,17 +76,17 @@ def _linear(*args: Any) -> int:
 
 _LINEAR_ARGS = (
     "(Tensor x, Tensor packed, Tensor scales, Tensor? nested, int blocksize, Tensor? bias, Tensor? lora_a, "
-    "Tensor? lora_b, float scaling, Tensor? offsets=None)"
+    "Tensor? lora_b, float scaling, Tensor? offsets=None, Tensor? gain=None)"
 )
 
 
 def _cuda_linear_with_u(
     device: Device, x: Tensor, packed: Tensor, scales: Tensor, nested: Tensor | None, blocksize: int,
     bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float,
-    offsets: Tensor | None, y: Tensor, u: Tensor | None = None,
+    offsets: Tensor | None, gain: Tensor | None, y: Tensor, u: Tensor | None = None,
 ) -> int:  # fmt: skip
     weight = (packed, scales, nested, blocksize, offsets)
-    return cuda_linear.linear(device, x, weight, bias, lora_a, lora_b, u, scaling, y)
+    return cuda_linear.linear(device, x, weight, bias, lora_a, lora_b, u, scaling, y, gain)
 
 
 define(f"nf4_linear{_LINEAR_ARGS} -> Tensor", _linear_outputs, _linear, _cuda_linear_with_u)

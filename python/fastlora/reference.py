@@ -137,10 +137,11 @@ def nf4_linear(
     lora_a: Tensor | None = None,
     lora_b: Tensor | None = None,
     scaling: float = 1.0,
+    gain: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y = x·Wᵀ + scaling·u·Bᵀ + bias (..., n) and u = x·Aᵀ (..., r), of a dequantised W (n, k).
+    """y = gain·(x·Wᵀ + scaling·u·Bᵀ) + bias (..., n) and u = x·Aᵀ (..., r), of a dequantised W (n, k).
 
-    x (..., k), bias (n,), lora_a (r, k), lora_b (n, r); without adapters u is (..., 0).
+    x (..., k), bias and gain (n,), lora_a (r, k), lora_b (n, r); without adapters u is (..., 0).
     """
     x = x.double()
     y = x @ weight.double().T
@@ -148,6 +149,8 @@ def nf4_linear(
     if lora_a is not None and lora_b is not None:
         u = x @ lora_a.double().T
         y = y + scaling * (u @ lora_b.double().T)
+    if gain is not None:
+        y = y * gain.double()
     return (y if bias is None else y + bias.double()), u
 
 

@@ -12,7 +12,7 @@
 
 namespace fastlora {
 
-// y = x·Wᵀ + scaling · u·lora_bᵀ + bias,  u = x·lora_aᵀ
+// y = gain · (x·Wᵀ + scaling · u·lora_bᵀ) + bias,  u = x·lora_aᵀ
 struct Nf4LinearArgs {
   const void* x;  // (m, k), dtype
   Nf4Weight weight;
@@ -27,6 +27,7 @@ struct Nf4LinearArgs {
   DType lora_dtype;  // of lora_a, lora_b
   int32_t threads;
   const float* addend = nullptr;  // (m, n) or null: added before the one rounding
+  const float* gain = nullptr;    // (n), or null for 1: of each column of y, not of the bias nor the addend
   const float* sums = nullptr;    // (m, groups) of a weight with offsets: nf4_linear provides them to its kernels
 };
 Status nf4_linear(const Nf4LinearArgs& args, Isa isa);

@@ -13,7 +13,7 @@ from ..autograd import linear_from_parts
 from ..checks import Packed
 from ..hooks import has_hooks
 from ..linear import QLinear
-from ..methods.dora import RowSquares, dora_linear, row_norms
+from ..methods.dora import Factor, dora_linear
 from ..multi_autograd import NO_DROPOUT, multi_linear
 from .mixed_batch import Member, low_rank, routing
 
@@ -30,7 +30,7 @@ class FusedForward(_Layer):
     adapter_names is one call of the op of many adapters; DoRA scales the fused op's columns.
     """
 
-    _squares: RowSquares | None = None  # of the base, for DoRA
+    _factor: Factor | None = None  # of the DoRA adapter used last
 
     if TYPE_CHECKING:
         base_layer: Any
@@ -147,10 +147,10 @@ class FusedForward(_Layer):
         a, b, scaling = self._stacked([name])
         assert a is not None
         assert b is not None
-        if self._squares is None:
-            self._squares = RowSquares()
-        norms = row_norms(weight, self._squares.of(weight, self.base_layer.in_features), a, b, scaling)
-        factor = self.lora_magnitude_vector[name].weight / norms
+        if self._factor is None:
+            self._factor = Factor()
+        m = self.lora_magnitude_vector[name].weight
+        factor = self._factor.of(weight, self.base_layer.in_features, a, b, m, scaling)
         bias = bias if bias is None else bias.to(x.dtype)
         seen = self.lora_dropout[name](x) if self._p(name) else None
         return dora_linear(x, weight, bias, a, b, scaling, factor, seen)

@@ -7,9 +7,10 @@ The factor m/n scales the fused product's columns. The norm never sees W + s·B�
     n_i² = |w_i|² + 2s·b_i·(W·Aᵀ)_i + s²·b_i·(A·Aᵀ)·b_iᵀ           w_i, b_i: row i of W and of B
 
 The first term is a constant, summed tile by tile when a weight is first seen; W·Aᵀ is the fused kernel with A
-for its r rows of x; the rest is r by r. So a call costs r more rows of x, where PEFT dequantises all of W and
-adds all of B·A to it. The price is cancellation: n_i² is within a few float32 roundings of the sum of the
-three terms' magnitudes, not of itself. That matters to rows that the adapter all but erases, and to no other.
+for its r rows of x; the rest is r by r. So a training call costs r more rows of x, where PEFT dequantises all
+of W and adds all of B·A to it; other calls keep m/n, and the kernel multiplies by it before it rounds y. The
+price is cancellation: n_i² is within a few float32 roundings of the sum of the three terms' magnitudes, not
+of itself. That matters to rows that the adapter all but erases, and to no other.
 
 Dropout, as in the paper's own code and in PEFT, is of all that the factor scales, relative to the base: the
 base sees x once more, and what was dropped of it is added back with factor 1.
@@ -47,7 +48,14 @@ def dora_linear(
     """factor * (x·Wᵀ + scaling·x·Aᵀ·Bᵀ) + bias, in x's dtype.
 
     factor: m/n (n,), float. seen: x after dropout; the base then also sees the rest of x, with factor 1.
+    Where no gradient is wanted the kernel itself multiplies, before it rounds. Else m's gradient needs what
+    is multiplied, so that it has to be in memory anyway.
     """
+    learns = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, bias, lora_a, lora_b, factor)
+    )
+    if seen is None and not learns:
+        return linear_from_parts(x, weight, bias, lora_a, lora_b, scaling, gain=factor.float())
     y = linear_from_parts(x if seen is None else seen, weight, None, lora_a, lora_b, scaling)
     y = (y * factor).to(y.dtype)
     if seen is not None:
@@ -99,6 +107,45 @@ class RowSquares:
         return RowSquares, ()
 
 
+class Factor:
+    """m/n of one layer. Where m does not learn it is computed once for all calls with the same weight, A, B
+    and m; these are compared, as writing to `.data` leaves no trace."""
+
+    def __init__(self) -> None:
+        self.squares = RowSquares()
+        self._seen: tuple[Any, ...] = ()
+        self._value: Tensor | None = None
+
+    def of(
+        self, weight: Packed, in_features: int, lora_a: Tensor, lora_b: Tensor, m: Tensor, scaling: float
+    ) -> Tensor:
+        """(n,), differentiable in m."""
+        squares = self.squares.of(weight, in_features)
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and m.requires_grad) or m.is_meta:
+            return m / row_norms(weight, squares, lora_a, lora_b, scaling)
+        now = (lora_a, lora_b, m)
+        if self._value is None or not self._same(squares, scaling, now):
+            with torch.inference_mode(False), torch.no_grad():
+                a, b, magnitude = (t.detach().clone() for t in now)
+                self._value = magnitude / row_norms(weight, squares, a, b, scaling)
+                self._seen = (squares, scaling, a, b, magnitude)
+        return self._value
+
+    def _same(self, squares: Tensor, scaling: float, now: tuple[Tensor, ...]) -> bool:
+        seen_squares, seen_scaling, *kept = self._seen
+        return (
+            seen_squares is squares
+            and seen_scaling == scaling
+            and all(
+                old.dtype == new.dtype and old.device == new.device and torch.equal(old, new)
+                for old, new in zip(kept, now, strict=True)
+            )
+        )
+
+    def __reduce__(self) -> Any:
+        return Factor, ()
+
+
 class DoraQLinear(OneAdapter):
     """QLinear with DoRA: beside lora_A and lora_B a parameter ``lora_magnitude_vector`` ``(n,)``, m.
 
@@ -111,7 +158,7 @@ class DoraQLinear(OneAdapter):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, **options: Any) -> None:
         super().__init__(in_features, out_features, bias, **options)
-        self._squares = RowSquares()
+        self._factor = Factor()
         m = None if self.lora_A is None else nn.Parameter(self.lora_A.new_empty(out_features))
         self.register_parameter("lora_magnitude_vector", m)
         if not self.weight.is_meta:
@@ -122,7 +169,7 @@ class DoraQLinear(OneAdapter):
         assert self.lora_A is not None
         assert self.lora_B is not None
         weight = self.packed_weight()
-        squares = self._squares.of(weight, self.in_features)
+        squares = self._factor.squares.of(weight, self.in_features)
         return row_norms(weight, squares, self.lora_A, self.lora_B, self.scaling)
 
     def reset_magnitude(self) -> None:
@@ -146,7 +193,7 @@ class DoraQLinear(OneAdapter):
         assert a is not None
         assert b is not None
         assert m is not None
-        factor = m / self.row_norms()
+        factor = self._factor.of(weight, self.in_features, a, b, m, self.scaling)
         seen = F.dropout(x, self.dropout) if self.dropout and self.training else None
         return dora_linear(x, weight, bias, a, b, self.scaling, factor, seen)
 
