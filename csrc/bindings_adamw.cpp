@@ -47,7 +47,7 @@ void bind_unsigned_dynamic_map(uintptr_t out) {
   for (int i = 0; i < 256; ++i) at<float>(out)[i] = unsigned_dynamic_map()[i];
 }
 
-void bind_adamw_tables(uintptr_t out) { std::memcpy(at<void>(out), &adamw_tables(), sizeof(AdamwTables)); }
+void bind_fill_adamw_tables(uintptr_t out) { std::memcpy(at<void>(out), &adamw_tables(), sizeof(AdamwTables)); }
 
 }  // namespace
 
@@ -56,7 +56,7 @@ void bind_adamw(py::module_& m) {
   m.def("adamw", &bind_adamw_step, unlocked);
   m.def("adamw_8bit", &bind_adamw_8bit_step, unlocked);
   m.def("unsigned_dynamic_map", &bind_unsigned_dynamic_map);
-  m.def("adamw_tables", &bind_adamw_tables);
+  m.def("fill_adamw_tables", &bind_fill_adamw_tables);
   m.attr("adamw_tables_bytes") = sizeof(AdamwTables);
 }
 

@@ -122,7 +122,7 @@ def _adamw_8bit(
 def _tables(device: torch.device) -> Tensor:
     """AdamwTables on a device."""
     out = torch.empty(_C.adamw_tables_bytes, dtype=torch.uint8)
-    _C.adamw_tables(out.data_ptr())
+    _C.fill_adamw_tables(out.data_ptr())
     return out.to(device)
 
 
