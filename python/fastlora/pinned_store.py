@@ -3,7 +3,7 @@
 A :class:`PinnedStore` keeps its tensors on the device while there is room. Those that it moved to the host
 come back before each use, into one of a few staging buffers, and go home after it: while one parameter is
 updated, the next one's states come in on one stream and the last one's go out on another. Events order the
-copies; the host waits for none of them.
+copies; the host waits for none of them, but where memory has become short.
 
 Everything that is asked of the device goes through :class:`Cuda`, so that tests can put a device in its place
 that checks the order of copies and updates.
@@ -28,7 +28,7 @@ _ALIGNMENT = 256
 
 
 class Cuda:
-    """A CUDA device as a store uses it: memory, streams, events, copies. Only `wait_host` waits."""
+    """A CUDA device as a store uses it: memory, streams, events, copies."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -46,7 +46,7 @@ class Cuda:
         t.zero_()
 
     def pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=True)
 
     def copy(self, to: Tensor, source: Tensor, stream: Any) -> None:
         with torch.cuda.stream(stream):
@@ -68,7 +68,7 @@ class Cuda:
         return torch.cuda.mem_get_info(self.device)
 
     def give_back(self) -> None:
-        """What torch keeps of freed memory, to the driver."""
+        """What torch keeps of freed memory, to the driver; waits for the copies out of it."""
         torch.cuda.empty_cache()
 
 
