@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -241,6 +242,27 @@ def test_an_allocation_that_fails() -> None:
     assert not any(device.host_reads(t).any() for t in tensors)
 
 
+def test_who_leaves_for_the_room_of_its_own_fellow_comes_back_with_it() -> None:
+    store = PinnedStore(device := FakeDevice())
+    first = store.zeros((SIZE,), torch.float32)
+    device.refusals = 1
+    second = store.zeros((SIZE,), torch.float32)
+    for turn in range(3):
+        device.refusals = 1 if turn == 0 else 0
+        store.will_need(second, first)
+        store.ready(second, first)
+        assert not device.is_on_host(first)
+        assert not device.is_on_host(second)
+        for t in (first, second):
+            place = t.detach()
+            device.run(device.main, lambda place=place: place.add_(1), reads=[place], writes=[place])
+        store.done_with(second, first)
+    store.settle()
+    for t in (first, second):
+        assert device.is_on_host(t)
+        assert bool((device.host_reads(t) == 3).all())
+
+
 def test_others_are_left_alone() -> None:
     store = PinnedStore(FakeDevice(), resident_bytes=1)
     t = torch.ones(3)
@@ -255,6 +277,23 @@ def test_others_are_left_alone() -> None:
 def test_bad_bounds() -> None:
     with pytest.raises(ValueError, match=r"^PinnedStore: expected resident_bytes of 1 or more, got 0"):
         PinnedStore(FakeDevice(), 0)
+
+
+def test_parameters_that_cannot_be_updated(monkeypatch) -> None:
+    optimizer = fastlora.PagedAdamW(parameters())
+    parameter = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda:0"), grad=None)
+    monkeypatch.setattr(optim, "_C", SimpleNamespace(cuda_built=False))
+    message = r"^PagedAdamW: expected a build with CUDA kernels for parameters on cuda:0, got none"
+    with pytest.raises(RuntimeError, match=message):
+        optimizer._check(parameter)
+    monkeypatch.setattr(optim, "_C", SimpleNamespace(cuda_built=True))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(
+        RuntimeError, match=r"^PagedAdamW: expected a step that no CUDA graph captures, got one"
+    ):
+        optimizer._check(parameter)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    optimizer._check(parameter)
 
 
 # --- state dicts ------------------------------------------------------------------------------------------

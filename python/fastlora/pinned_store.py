@@ -136,9 +136,11 @@ class PinnedStore:
 
     def will_need(self, *tensors: Tensor) -> None:
         """Begin to bring those to the device that are on the host. No effect on tensors of others."""
-        away = [t for t in tensors if self.owns(t) and id(t) in self._homes and id(t) not in self._staged]
-        if away:
-            self._bring(away)
+        if self._away(tensors):
+            # Together, should some be there already: who is used at once has one stage.
+            for stage in self._stages_of(tensors):
+                self._send_home(stage)
+            self._bring(tensors)
 
     def ready(self, *tensors: Tensor) -> None:
         """From here on the current stream may use them."""
@@ -206,18 +208,25 @@ class PinnedStore:
 
     # --- staging ------------------------------------------------------------------------------------------
 
+    def _away(self, tensors: Iterable[Tensor]) -> list[Tensor]:
+        return [t for t in tensors if self.owns(t) and id(t) in self._homes and id(t) not in self._staged]
+
     def _stages_of(self, tensors: Iterable[Tensor]) -> list[_Stage]:
         return list(dict.fromkeys(self._staged[id(t)] for t in tensors if id(t) in self._staged))
 
-    def _bring(self, tensors: list[Tensor]) -> None:
-        device = self._device
+    def _bring(self, wanted: Iterable[Tensor]) -> None:
+        device, tensors = self._device, self._away(wanted)
         stage = next((it for it in self._stages if not it.tensors), self._stages[0])
         self._stages.remove(stage)
         self._stages.append(stage)  # the one filled last
         if stage.tensors:  # all are in use: after a step that failed
             self._send_home(stage)
-        sizes = [-(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in tensors]
-        room = self._room_of(stage, sum(sizes))
+        while True:
+            sizes = [-(-t.nbytes // _ALIGNMENT) * _ALIGNMENT for t in tensors]
+            room = self._room_of(stage, sum(sizes))
+            if len(self._away(wanted)) == len(tensors):
+                break
+            tensors = self._away(wanted)  # more of them, which had to leave for this room
         if stage.free is not None:
             device.wait(device.incoming, stage.free)
         begin = 0
