@@ -30,16 +30,16 @@ pytest=("$python" -m pytest -q -p no:cacheprovider -o addopts=-ra)
 on_device="cuda and not emulated"
 step tests "${pytest[@]}" -k "$on_device" tests/test_cuda.py tests/test_nf4_levels.py tests/test_nf4_linear.py \
   tests/test_nf4_linear_grad_input.py tests/test_lora_gradients.py tests/test_lora_dropout.py tests/test_autograd.py \
-  tests/test_qlinear.py
+  tests/test_qlinear.py tests/test_adamw.py tests/test_cuda_optimizers.py
 if command -v compute-sanitizer >/dev/null; then
   # Every kernel a few times, on small shapes. Of memory that torch keeps for later nothing is known: every tensor
   # gets its own. And torch's kernels are left alone.
   some="every_block_size or ties or any_address or every_width_of_a_tile or same_bits_on_every_run or largest_sums"
-  some="$some or backward_matches or grad_a_matches or grad_b_and"
+  some="$some or backward_matches or grad_a_matches or grad_b_and or 8bit_bits"
   for check in memcheck racecheck initcheck synccheck; do
     step "$check" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$check" --kernel-regex kns=fastlora \
       --error-exitcode 9 "${pytest[@]}" -k "$on_device and ($some)" tests/test_nf4_levels.py tests/test_nf4_linear.py \
-      tests/test_nf4_linear_grad_input.py tests/test_lora_gradients.py tests/test_lora_dropout.py
+      tests/test_nf4_linear_grad_input.py tests/test_lora_gradients.py tests/test_lora_dropout.py tests/test_adamw.py
   done
 else
   echo "== no compute-sanitizer on PATH: memcheck, racecheck, initcheck and synccheck not run"

@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include "fastlora/adamw.h"
 #include "fastlora/nf4.h"
 
 namespace fastlora {
@@ -21,6 +22,18 @@ inline Nf4Weight weight_at(uintptr_t packed, uintptr_t scales, uintptr_t nested,
           .blocksize = blocksize,
           .offsets = at<const float>(offsets),
           .groups = groups};
+}
+
+// What is the same for every element of a step of AdamW comes as seven numbers.
+inline AdamwStep adamw_step_of(double decay, double weight1, double beta2, double weight2, double correction2,
+                               double eps, double minus_step) {
+  return {.decay = static_cast<float>(decay),
+          .weight1 = static_cast<float>(weight1),
+          .beta2 = static_cast<float>(beta2),
+          .weight2 = static_cast<float>(weight2),
+          .correction2 = static_cast<float>(correction2),
+          .eps = static_cast<float>(eps),
+          .minus_step = static_cast<float>(minus_step)};
 }
 
 // For the module _C: the entry points of segmented_lora.h.

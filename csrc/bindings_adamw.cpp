@@ -1,5 +1,6 @@
-// pybind11 over the entry points of the optimisers: raw addresses and sizes in, a status out. What is the same for
-// every element comes as the seven numbers of AdamwStep, in their order.
+// pybind11 over the entry points of the optimisers: raw addresses and sizes in, a status out.
+#include <cstring>
+
 #include "bindings.h"
 #include "fastlora/adamw.h"
 
@@ -7,17 +8,6 @@ namespace py = pybind11;
 
 namespace fastlora {
 namespace {
-
-AdamwStep step_of(double decay, double weight1, double beta2, double weight2, double correction2, double eps,
-                  double minus_step) {
-  return {.decay = static_cast<float>(decay),
-          .weight1 = static_cast<float>(weight1),
-          .beta2 = static_cast<float>(beta2),
-          .weight2 = static_cast<float>(weight2),
-          .correction2 = static_cast<float>(correction2),
-          .eps = static_cast<float>(eps),
-          .minus_step = static_cast<float>(minus_step)};
-}
 
 int32_t bind_adamw_step(uintptr_t param, uintptr_t grad, uintptr_t exp_avg, uintptr_t exp_avg_sq, int64_t count,
                         int32_t dtype, int32_t grad_dtype, double decay, double weight1, double beta2,
@@ -30,7 +20,7 @@ int32_t bind_adamw_step(uintptr_t param, uintptr_t grad, uintptr_t exp_avg, uint
                        .count = count,
                        .dtype = static_cast<DType>(dtype),
                        .grad_dtype = static_cast<DType>(grad_dtype),
-                       .step = step_of(decay, weight1, beta2, weight2, correction2, eps, minus_step),
+                       .step = adamw_step_of(decay, weight1, beta2, weight2, correction2, eps, minus_step),
                        .threads = threads};
   return static_cast<int32_t>(adamw(args, static_cast<Isa>(isa)));
 }
@@ -48,7 +38,7 @@ int32_t bind_adamw_8bit_step(uintptr_t param, uintptr_t grad, uintptr_t exp_avg,
                            .count = count,
                            .dtype = static_cast<DType>(dtype),
                            .grad_dtype = static_cast<DType>(grad_dtype),
-                           .step = step_of(decay, weight1, beta2, weight2, correction2, eps, minus_step),
+                           .step = adamw_step_of(decay, weight1, beta2, weight2, correction2, eps, minus_step),
                            .threads = threads};
   return static_cast<int32_t>(adamw_8bit(args, static_cast<Isa>(isa)));
 }
@@ -57,6 +47,8 @@ void bind_unsigned_dynamic_map(uintptr_t out) {
   for (int i = 0; i < 256; ++i) at<float>(out)[i] = unsigned_dynamic_map()[i];
 }
 
+void bind_fill_adamw_tables(uintptr_t out) { std::memcpy(at<void>(out), &adamw_tables(), sizeof(AdamwTables)); }
+
 }  // namespace
 
 void bind_adamw(py::module_& m) {
@@ -64,6 +56,8 @@ void bind_adamw(py::module_& m) {
   m.def("adamw", &bind_adamw_step, unlocked);
   m.def("adamw_8bit", &bind_adamw_8bit_step, unlocked);
   m.def("unsigned_dynamic_map", &bind_unsigned_dynamic_map);
+  m.def("fill_adamw_tables", &bind_fill_adamw_tables);
+  m.attr("adamw_tables_bytes") = sizeof(AdamwTables);
 }
 
 }  // namespace fastlora

@@ -174,6 +174,43 @@ int32_t bind_lora_dropout(uintptr_t x, uintptr_t seed, uintptr_t out, int64_t co
                                                  .stream = at<void>(stream)}));
 }
 
+int32_t bind_adamw_step(uintptr_t grad, uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq, int64_t count,
+                        int32_t dtype, int32_t grad_dtype, double decay, double weight1, double beta2,
+                        double weight2, double correction2, double eps, double minus_step, uintptr_t stream) {
+  return static_cast<int32_t>(
+      adamw_cuda({.call = {.param = at<void>(param),
+                           .grad = at<const void>(grad),
+                           .exp_avg = at<float>(exp_avg),
+                           .exp_avg_sq = at<float>(exp_avg_sq),
+                           .count = count,
+                           .dtype = static_cast<DType>(dtype),
+                           .grad_dtype = static_cast<DType>(grad_dtype),
+                           .step = adamw_step_of(decay, weight1, beta2, weight2, correction2, eps, minus_step),
+                           .threads = 0},
+                  .stream = at<void>(stream)}));
+}
+
+int32_t bind_adamw_8bit_step(uintptr_t grad, uintptr_t tables, uintptr_t param, uintptr_t exp_avg,
+                             uintptr_t exp_avg_sq, uintptr_t exp_avg_scale, uintptr_t exp_avg_sq_scale,
+                             int64_t count, int32_t dtype, int32_t grad_dtype, double decay, double weight1,
+                             double beta2, double weight2, double correction2, double eps, double minus_step,
+                             uintptr_t stream) {
+  return static_cast<int32_t>(adamw_8bit_cuda(
+      {.call = {.param = at<void>(param),
+                .grad = at<const void>(grad),
+                .exp_avg = at<uint8_t>(exp_avg),
+                .exp_avg_sq = at<uint8_t>(exp_avg_sq),
+                .exp_avg_scale = at<float>(exp_avg_scale),
+                .exp_avg_sq_scale = at<float>(exp_avg_sq_scale),
+                .count = count,
+                .dtype = static_cast<DType>(dtype),
+                .grad_dtype = static_cast<DType>(grad_dtype),
+                .step = adamw_step_of(decay, weight1, beta2, weight2, correction2, eps, minus_step),
+                .threads = 0},
+       .tables = at<const AdamwTables>(tables),
+       .stream = at<void>(stream)}));
+}
+
 // ---- many adapters: as many arguments as there are slices, read in turn --------------------------------------
 
 class Arguments {
@@ -337,6 +374,8 @@ void bind_cuda(py::module_& m) {
   m.def("lora_gradients_scratch", &bind_lora_gradients<lora_gradients_cuda_scratch>);
   m.def("lora_gradients", &bind_lora_gradients<lora_gradients_cuda>);
   m.def("lora_dropout", &bind_lora_dropout);
+  m.def("adamw", &bind_adamw_step);
+  m.def("adamw_8bit", &bind_adamw_8bit_step);
   m.def("lora_route_scratch", &bind_lora_route<lora_route_cuda_scratch>);
   m.def("lora_route", &bind_lora_route<lora_route_cuda>);
   m.def("segmented_lora_scratch", &bind_segmented_lora<segmented_lora_cuda_scratch>);

@@ -67,6 +67,13 @@ def _call_dropout(device: cuda.Device, dtype: torch.dtype) -> None:
         ops.CUDA_OPS["lora_dropout"](device, torch.zeros(count, dtype=dtype), torch.tensor(1), 0.5)
 
 
+def _call_adamw(device: cuda.Device, dtype: torch.dtype) -> None:
+    p, numbers = torch.zeros(300, dtype=dtype), (0.1, 0.9, 0.99, 1e-8, 0.1, 1)
+    ops.CUDA_OPS["adamw"](device, p, p.clone(), *torch.zeros(2, 300), *numbers)
+    codes, scales = torch.zeros(2, 300, dtype=torch.uint8), torch.zeros(2, 2)
+    ops.CUDA_OPS["adamw_8bit"](device, p, p.clone(), *codes, *scales, *numbers)
+
+
 def _call_layer(device: cuda.Device, dtype: torch.dtype) -> None:
     """Every width of a tile and every rank that has a kernel of its own, in both directions."""
     op = ops.CUDA_OPS
@@ -152,6 +159,7 @@ def launches_on(arch: str) -> dict[str, set[Launch]]:
             for dtype in DTYPE_CODE:
                 _call_format(device, dtype)
                 _call_dropout(device, dtype)
+                _call_adamw(device, dtype)
                 if dtype is not torch.float32:  # whose products are torch's
                     _call_layer(device, dtype)
             _emulator.set_traits(capability=int(arch.rstrip("af")), processors=8)  # to split segments for

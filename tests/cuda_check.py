@@ -41,6 +41,9 @@ OF_MATRICES = (
 EXPECTED = (
     (r"dequantize_flat<", r"STG\.E\.128"),
     (r"nf4_slab<true>", r"STG\.E\.128"),
+    (r"adamw(_8bit)?<kFloat32>|adamw<", r"LDG\.E\.128"),
+    (r"adamw(_8bit)?<kFloat32>|adamw<", r"STG\.E\.128"),
+    (r"adamw_8bit<k(BFloat|Float)16>", r"LDG\.E\.64"),
     (r"quantize<\w+, kAligned>", r"LDG\.E\.128"),
     (r"(nf4_(linear|multi)_decode|lora_project|segmented_(shrink|expand))<", r"LDG\.E\.128"),
     (OF_MATRICES + "kBFloat16", r"HMMA\.16816\.F32\.BF16"),
@@ -79,6 +82,7 @@ SLOW_WAYS_INSIDE = r"lora_|segmented_|.*(kRagged|, true)>"
 
 # Blocks that a processor holds at once, at least, where the design counts on more than one.
 DESIGNED = (
+    (r"adamw(_8bit)?<", {"80": 4, "86": 4, "89": 4, "90a": 4, "100": 4, "120": 4}),
     (r"nf4_(linear|multi)_decode<\w+, 2>", {"80": 2, "90a": 3, "100": 3}),
     (r"nf4_(linear|multi)_decode<\w+, 1>", {"80": 2, "90a": 2, "100": 2}),
     (r"nf4_(linear_tile<\w+, [24]|multi_tile<\w+, 2), ", {"90a": 2, "100": 2}),

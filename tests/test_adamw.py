@@ -50,7 +50,7 @@ def float_step(p: Tensor, g: Tensor, m: Tensor, v: Tensor, *args: float) -> Tens
 
 
 @pytest.mark.parametrize(("dtype", "grad_dtype"), itertools.product(FLOATS, FLOATS), ids=str)
-def test_bits_of_its_definition(format_level: str, dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+def test_bits_of_its_definition(format_isa: str, dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
     for count in SIZES:
         p, g, (m, v) = drawn(count, 0, dtype), drawn(count, 1, grad_dtype), moments(count)
         want_m, want_v = m.clone(), v.clone()
@@ -65,7 +65,7 @@ def test_bits_of_its_definition(format_level: str, dtype: torch.dtype, grad_dtyp
 
 
 @pytest.mark.parametrize("beta1", [0.9, 0.5, 0.3, 0.0])
-def test_float64_meaning(format_level: str, beta1: float) -> None:
+def test_float64_meaning(format_isa: str, beta1: float) -> None:
     p, g, (m, v) = drawn(3000), drawn(3000, 1), moments(3000)
     want = reference.adamw(p, g, m, v, 1e-2, (beta1, 0.99), 1e-8, 0.1, 7)
     op.adamw(p, g, m, v, *numbers(7, betas=(beta1, 0.99)))
@@ -134,7 +134,7 @@ def hard_gradient(count: int, dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("count", [0, 1, 7, 255, 256, 257, 5000, 40_003])
-def test_8bit_bits(format_level: str, dtype: torch.dtype, count: int) -> None:
+def test_8bit_bits(format_isa: str, dtype: torch.dtype, count: int) -> None:
     """Moments decoded, a step in float32, moments encoded: the bits of the reference, step after step."""
     p, g = drawn(count, 0, dtype), hard_gradient(count, dtype)
     want = p.clone()
@@ -166,7 +166,7 @@ def test_8bit_second_moment_does_not_vanish() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_not_finite_stays_in_its_block(format_level: str, bad: float) -> None:
+def test_not_finite_stays_in_its_block(format_isa: str, bad: float) -> None:
     p, g = drawn(1000), drawn(1000, 1)
     g[300] = bad
     codes, scales = torch.zeros(2, 1000, dtype=torch.uint8), torch.zeros(2, 4)

@@ -1,5 +1,6 @@
 """A step of AdamW over one parameter: torch's, one kernel an operation and fused, and fastlora's with float32
-and with 8-bit moments in mapped files; and the memory that a step takes beside its moments.
+and with 8-bit moments, in mapped files or, while there is room, on a device; and the memory that a step takes
+beside its moments.
 
 weight_mib is the moments'. The error is the parameter's after three steps, against float64."""
 
@@ -30,7 +31,7 @@ STEPS = 3
 
 
 def cases(plan: Plan) -> list[Case]:
-    if plan.routes or plan.device != "cpu":
+    if plan.routes:
         return []
     return [
         Case("optimizer", op, n, k, 0, 0, dtype, tuple(REGISTRY), run)
@@ -57,12 +58,12 @@ class Stepper:
         return self.parameter.detach()
 
 
-def steppers(case: Case, context: Context) -> list[Stepper]:
+def steppers(case: Case, context: Context, where: str) -> list[Stepper]:
     found = []
     for name, (wanted, make) in REGISTRY.items():
         if wanted in context.wanted:
-            parameter = torch.nn.Parameter(drawn(case, 0))
-            parameter.grad = drawn(case, 1)
+            parameter = torch.nn.Parameter(drawn(case, 0).to(where))
+            parameter.grad = drawn(case, 1).to(where)
             found.append(Stepper(name, make([parameter]), parameter))
     return found
 
@@ -72,8 +73,8 @@ def drawn(case: Case, seed: int) -> torch.Tensor:
     return torch.randn(case.n, case.k, generator=generator).to(getattr(torch, case.dtype))
 
 
-def after_three_steps(case: Case) -> torch.Tensor:
-    p, g = drawn(case, 0).double(), drawn(case, 1)
+def after_three_steps(case: Case, where: str) -> torch.Tensor:
+    p, g = drawn(case, 0).to(where).double(), drawn(case, 1).to(where)
     m, v = torch.zeros_like(p), torch.zeros_like(p)
     for number in range(1, STEPS + 1):
         p, m, v = reference.adamw(p, g, m, v, 1e-3, (0.9, 0.999), 1e-8, 1e-2, number)
@@ -81,8 +82,8 @@ def after_three_steps(case: Case) -> torch.Tensor:
 
 
 def step(case: Case, context: Context, problem: Problem) -> list[Row]:
-    want = after_three_steps(case)
-    able, _, measure = context.attempt(case, steppers(case, context), lambda one: one.step)
+    want = after_three_steps(case, problem.device)
+    able, _, measure = context.attempt(case, steppers(case, context, problem.device), lambda one: one.step)
     errors = []
     for one in able:
         one.optimizer.step()
@@ -100,4 +101,4 @@ def step(case: Case, context: Context, problem: Problem) -> list[Row]:
 
 
 def peak(case: Case, context: Context, problem: Problem) -> list[Row]:
-    return context.peaks(case, ((one, one.step) for one in steppers(case, context)))
+    return context.peaks(case, ((one, one.step) for one in steppers(case, context, problem.device)))

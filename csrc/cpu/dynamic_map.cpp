@@ -1,6 +1,10 @@
 // The dynamic maps (Dettmers et al., 8-bit optimizers, 2022), and their cells.
 #include "dynamic_map.h"
 
+#include <cmath>
+#include <cstring>
+#include <limits>
+
 #include "fastlora/adamw.h"
 #include "fastlora/nf4.h"
 #include "numeric.h"
@@ -115,6 +119,34 @@ DynamicMap map_of(const float* values) {
   return map;
 }
 
+// The largest float32 that does not exceed the midpoint of each entry and the next; none is above the last.
+void fill_bounds(const float* values, float* bounds) {
+  for (int i = 0; i < 255; ++i) {
+    const double midpoint = (static_cast<double>(values[i]) + static_cast<double>(values[i + 1])) * 0.5;
+    bounds[i] = static_cast<float>(midpoint);
+    if (static_cast<double>(bounds[i]) > midpoint) bounds[i] = std::nextafter(bounds[i], -1.0f);
+  }
+  bounds[255] = std::numeric_limits<float>::infinity();
+}
+
+void fill_cells(const DynamicMap& map, int32_t count, uint8_t* cells) {
+  for (int32_t i = 0; i < count; ++i) {
+    const auto begin = static_cast<uint8_t>(map.cells[i]), end = static_cast<uint8_t>(map.cells[i] >> 8);
+    cells[i] = begin < end ? begin : end;
+  }
+}
+
+AdamwTables tables_of(const DynamicMap& with_sign, const DynamicMap& without) {
+  AdamwTables tables{};
+  std::memcpy(tables.signed_values, with_sign.values, sizeof tables.signed_values);
+  std::memcpy(tables.unsigned_values, without.values, sizeof tables.unsigned_values);
+  fill_bounds(with_sign.values, tables.signed_bounds);
+  fill_bounds(without.values, tables.unsigned_bounds);
+  fill_cells(with_sign, 2 * kMapCells, tables.signed_cells);
+  fill_cells(without, kMapCells, tables.unsigned_cells);
+  return tables;
+}
+
 }  // namespace
 
 const float* unsigned_dynamic_map() { return kUnsigned; }
@@ -127,6 +159,11 @@ const DynamicMap& cpu::signed_map() {
 const DynamicMap& cpu::unsigned_map() {
   static const DynamicMap map = map_of(kUnsigned);
   return map;
+}
+
+const AdamwTables& adamw_tables() {
+  static const AdamwTables tables = tables_of(signed_map(), unsigned_map());
+  return tables;
 }
 
 }  // namespace fastlora

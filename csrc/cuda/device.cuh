@@ -213,6 +213,7 @@ FASTLORA_DEVICE int count_bits(uint32_t bits) {
 FASTLORA_DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 FASTLORA_DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 FASTLORA_DEVICE float divide(float a, float b) { return __fdiv_rn(a, b); }
+FASTLORA_DEVICE float square_root(float a) { return __fsqrt_rn(a); }
 FASTLORA_DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 FASTLORA_DEVICE double add(double a, double b) { return __dadd_rn(a, b); }
 FASTLORA_DEVICE double divide(double a, double b) { return __ddiv_rn(a, b); }
@@ -220,6 +221,7 @@ FASTLORA_DEVICE double divide(double a, double b) { return __ddiv_rn(a, b); }
 FASTLORA_DEVICE float multiply(float a, float b) { return a * b; }
 FASTLORA_DEVICE float add(float a, float b) { return a + b; }
 FASTLORA_DEVICE float divide(float a, float b) { return a / b; }
+FASTLORA_DEVICE float square_root(float a) { return std::sqrt(a); }
 FASTLORA_DEVICE float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 FASTLORA_DEVICE double add(double a, double b) { return a + b; }
 FASTLORA_DEVICE double divide(double a, double b) { return a / b; }

@@ -51,6 +51,7 @@ PYBIND11_MODULE(_emulator, m) {
   });
   m.def("kernel_test", [] {
     testing::test_cuda_kernels();
+    testing::test_cuda_adamw();
     return testing::finish() == 0;
   });
   m.def("segmented_test", [] {

@@ -25,6 +25,7 @@ void test_emulator_bugs();
 void test_overlaps();
 void test_warpgroup();
 void test_cuda_kernels();
+void test_cuda_adamw();
 void test_cuda_linear();
 void test_cuda_segmented();
 void test_cuda_slab();

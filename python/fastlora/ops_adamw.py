@@ -4,6 +4,7 @@ how they are made; what they compute is in ``reference.py``, to the bit in csrc/
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from . import _C, checks
 from .checks import DTYPE_CODE, block_count
 from .checks_segmented import check_written
+from .cuda import Device
 from .isa import level
 from .ops import Outputs, define
 
@@ -44,7 +46,7 @@ def _check_state(
 
 
 def _numbers(
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int
+    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: float
 ) -> tuple[float, float, float, float, float, float, float]:
     """AdamwStep, in float64 and in torch's order of operations."""
     return (
@@ -73,11 +75,20 @@ def _adamw(
     )  # fmt: skip
 
 
+def _adamw_cuda(
+    device: Device, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *numbers: float
+) -> int:
+    return device.call(
+        "adamw", (grad,), (param, exp_avg, exp_avg_sq), param.numel(), DTYPE_CODE[param.dtype],
+        DTYPE_CODE[grad.dtype], *_numbers(*numbers),
+    )  # fmt: skip
+
+
 define(
     f"adamw(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, {_NUMBERS}) -> ()",
     _adamw_outputs,
     _adamw,
-    None,
+    _adamw_cuda,
 )
 
 
@@ -107,12 +118,31 @@ def _adamw_8bit(
     )  # fmt: skip
 
 
+@cache
+def _tables(device: torch.device) -> Tensor:
+    """AdamwTables on a device."""
+    out = torch.empty(_C.adamw_tables_bytes, dtype=torch.uint8)
+    _C.fill_adamw_tables(out.data_ptr())
+    return out.to(device)
+
+
+def _adamw_8bit_cuda(
+    device: Device, param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, exp_avg_scale: Tensor,
+    exp_avg_sq_scale: Tensor, *numbers: float,
+) -> int:  # fmt: skip
+    return device.call(
+        "adamw_8bit", (grad, _tables(param.device)),
+        (param, exp_avg, exp_avg_sq, exp_avg_scale, exp_avg_sq_scale), param.numel(),
+        DTYPE_CODE[param.dtype], DTYPE_CODE[grad.dtype], *_numbers(*numbers),
+    )  # fmt: skip
+
+
 define(
     "adamw_8bit(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
     f"Tensor(d!) exp_avg_scale, Tensor(e!) exp_avg_sq_scale, {_NUMBERS}) -> ()",
     _adamw_8bit_outputs,
     _adamw_8bit,
-    None,
+    _adamw_8bit_cuda,
 )
 
 

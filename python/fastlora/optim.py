@@ -1,9 +1,10 @@
 """AdamW with one fused pass a parameter and states that may leave memory.
 
 :class:`PagedAdamW` keeps both moments in float32 and computes torch.optim.AdamW's update;
-:class:`PagedAdamW8bit` keeps them in 8 bits. Their states lie in a :class:`~fastlora.paged_store.PagedStore`:
-while one parameter is updated, the next one's states are fetched, and the last one's may go. Parameters are
-in float32, bfloat16 or float16 on a CPU, gradients in any of these; under FSDP2 a rank updates its shards.
+:class:`PagedAdamW8bit` keeps them in 8 bits. Their states lie in a :class:`~fastlora.paged_store.PagedStore`,
+those of parameters on a CUDA device in a :class:`~fastlora.pinned_store.PinnedStore`: while one parameter is
+updated, the next one's states are fetched, and the last one's may go. Parameters are in float32, bfloat16 or
+float16, gradients in any of these; under FSDP2 a rank updates its shards.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from . import _C
 from .checks import DTYPE_CODE, block_count
 from .ops_adamw import BLOCKSIZE
 from .paged_store import PagedStore
+from .pinned_store import Cuda, PinnedStore
 from .sharded import is_sharded
 
 # Smaller states stay in ordinary memory: they are no burden, and a file of its own is one for them.
@@ -38,19 +41,40 @@ class _Kept:
         self.tensor = tensor
 
 
+class _Stores:
+    """Where an optimiser's states lie: in mapped files, and beside each CUDA device in pinned memory."""
+
+    def __init__(self, directory: str | os.PathLike[str] | None, resident_bytes: int | None) -> None:
+        self.cpu = PagedStore(directory, resident_bytes)
+        self.cuda: dict[torch.device, PinnedStore] = {}
+
+    def of(self, device: torch.device) -> PagedStore | PinnedStore:
+        if device.type == "cpu":
+            return self.cpu
+        if device not in self.cuda:
+            self.cuda[device] = PinnedStore(Cuda(device), self.cpu.resident_bytes)
+        return self.cuda[device]
+
+    def options(self) -> tuple[os.PathLike[str], int | None]:
+        return self.cpu.directory, self.cpu.resident_bytes
+
+
 class PagedAdamW(Optimizer):
-    """AdamW (Loshchilov, Hutter, 2019) with float32 moments in mapped files.
+    """AdamW (Loshchilov, Hutter, 2019) with float32 moments in mapped files or pinned memory.
 
     The update is torch.optim.AdamW's, in float32 whatever the parameter's dtype, rounded to it once. For
     float32 parameters the bits are those of ``AdamW(fused=True)`` on a CPU with FMA; the default, not fused,
     one differs from both only where its library's square root is not the nearest.
 
-    lr, betas, eps, weight_decay: as torch.optim.AdamW. directory, resident_bytes: as
-    :class:`~fastlora.paged_store.PagedStore`. State dicts are torch's: ``step``, ``exp_avg``, ``exp_avg_sq``,
-    and load into torch.optim.AdamW and back (of parameters that are not in float32 torch rounds the moments).
+    lr, betas, eps, weight_decay: as torch.optim.AdamW. directory: as
+    :class:`~fastlora.paged_store.PagedStore`. resident_bytes: as there, or on a CUDA device as
+    :class:`~fastlora.pinned_store.PinnedStore`. State dicts are torch's: ``step``, ``exp_avg``,
+    ``exp_avg_sq``, and load into torch.optim.AdamW and back (of parameters that are not in float32 torch
+    rounds the moments).
 
     Raises ValueError for numbers out of range; from ``step``, before anything is updated, TypeError for
-    parameters of other dtypes and RuntimeError for parameters that are not on a CPU or sparse gradients.
+    parameters of other dtypes and RuntimeError for parameters on other devices, sparse gradients, a build
+    without CUDA kernels, and while a CUDA graph is captured, which would keep the number of its step.
     """
 
     def __init__(
@@ -64,7 +88,7 @@ class PagedAdamW(Optimizer):
         directory: str | os.PathLike[str] | None = None,
         resident_bytes: int | None = None,
     ) -> None:
-        self._store = PagedStore(directory, resident_bytes)
+        self._stores = _Stores(directory, resident_bytes)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     # --- torch.optim.Optimizer ----------------------------------------------------------------------------
@@ -96,9 +120,18 @@ class PagedAdamW(Optimizer):
         self._fetch(work[:1])
         for i, (p, group) in enumerate(work):
             self._fetch(work[i + 1 : i + 2])
+            store, tensors = self._stores.of(p.device), self._tensors(p)
+            store.ready(*tensors)
             self._update(p, group)
-            self._store.done_with(*self._tensors(p))
+            store.done_with(*tensors)
+        for pinned in self._stores.cuda.values():
+            pinned.relieve()
         return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. What has left a CUDA device is in it as a tensor in pinned memory."""
+        self._settle()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but every moment keeps its dtype and is copied into the store."""
@@ -109,18 +142,13 @@ class PagedAdamW(Optimizer):
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "paging": (self._store.directory, self._store.resident_bytes),
-        }
+        self._settle()
+        return {**super().__getstate__(), "paging": self._stores.options()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """From a pickle, or from load_state_dict with what it was given, checked before anything is taken."""
         state = dict(state)
-        paging = state.pop("paging", None)
-        store = (
-            PagedStore(*paging) if paging else PagedStore(self._store.directory, self._store.resident_bytes)
-        )
+        stores = _Stores(*(state.pop("paging", None) or self._stores.options()))
         groups = {p: group for group in state["param_groups"] for p in group["params"]}
         for group in state["param_groups"]:
             for key in _UNSUPPORTED:
@@ -131,13 +159,13 @@ class PagedAdamW(Optimizer):
             if p in groups:
                 self._check_loaded(p, values)
         adopted = {
-            p: self._adopt(store, p, values) if p in groups else values
+            p: self._adopt(stores, p, values) if p in groups else values
             for p, values in state["state"].items()
         }
         super().__setstate__(state)
         self.state.clear()
         self.state.update(adopted)
-        self._store = store
+        self._stores = stores
 
     # --- states -------------------------------------------------------------------------------------------
 
@@ -148,8 +176,17 @@ class PagedAdamW(Optimizer):
     def _fresh(self, p: Tensor) -> dict[str, Tensor]:
         state = {"step": torch.tensor(0.0)}
         for name, (shape, dtype) in self._layout(p).items():
-            state[name] = self._cut(p, name, _zeros(self._store, shape, dtype))
+            state[name] = self._cut(p, name, self._zeros(self._stores, p, shape, dtype))
         return state
+
+    def _zeros(self, stores: _Stores, p: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        if self._may_leave(p) and math.prod(shape) * dtype.itemsize >= _PAGED_BYTES:
+            return stores.of(p.device).zeros(shape, dtype)
+        return torch.zeros(shape, dtype=dtype, device=p.device)
+
+    def _may_leave(self, p: Tensor) -> bool:
+        """DTensors stay on a CUDA device: their mesh is there."""
+        return p.device.type == "cpu" or not is_sharded(p)
 
     def _cut(self, p: Tensor, name: str, local: Tensor) -> Tensor:
         """This rank's part of a state as the state: of a sharded parameter a DTensor, sharded alike."""
@@ -174,21 +211,26 @@ class PagedAdamW(Optimizer):
         if "step" not in values:
             raise ValueError(f"{name}: expected a state with step, got {', '.join(values)}")
 
-    def _adopt(self, store: PagedStore, p: Tensor, values: dict[str, Any]) -> dict[str, Tensor]:
+    def _adopt(self, stores: _Stores, p: Tensor, values: dict[str, Any]) -> dict[str, Tensor]:
         state = {"step": torch.tensor(float(_opened(values["step"])))}
         for name, (shape, dtype) in self._layout(p).items():
-            local = _zeros(store, shape, dtype)
+            local = self._zeros(stores, p, shape, dtype)
             local.copy_(_local(_opened(values[name])))
-            store.done_with(local)
+            stores.of(p.device).done_with(local)
             state[name] = self._cut(p, name, local)
         return state
 
     def _tensors(self, p: Tensor) -> list[Tensor]:
-        return [_local(t) for name, t in self.state[p].items() if name != "step"]
+        states = [t for name, t in self.state[p].items() if name not in {"step", "shard"}]
+        return [t.to_local() if is_sharded(t) else t for t in states]
 
     def _fetch(self, work: Iterable[tuple[Tensor, dict[str, Any]]]) -> None:
         for p, _ in work:
-            self._store.will_need(*self._tensors(p))
+            self._stores.of(p.device).will_need(*self._tensors(p))
+
+    def _settle(self) -> None:
+        for store in self._stores.cuda.values():
+            store.settle()
 
     # --- the update ---------------------------------------------------------------------------------------
 
@@ -196,11 +238,19 @@ class PagedAdamW(Optimizer):
         name = type(self).__name__
         if p.dtype not in DTYPE_CODE:
             raise TypeError(f"{name}: expected parameters in float32, bfloat16 or float16, got {p.dtype}")
-        if p.device.type != "cpu":
+        if p.device.type not in {"cpu", "cuda"}:
             raise RuntimeError(
-                f"{name}: expected parameters on a CPU, got one on {p.device}: the fused update has no "
-                "CUDA kernel, and states are not paged into pinned memory yet"
+                f"{name}: expected parameters on a CPU or a CUDA device, got one on {p.device}"
             )
+        if p.device.type == "cuda":
+            if not _C.cuda_built:
+                raise RuntimeError(
+                    f"{name}: expected a build with CUDA kernels for parameters on {p.device}, got none"
+                )
+            if torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"{name}: expected a step that no CUDA graph captures, got one: its number is the host's"
+                )
         if p.grad is not None and p.grad.layout is not torch.strided:
             raise RuntimeError(f"{name}: expected dense gradients, got one with layout {p.grad.layout}")
 
@@ -276,14 +326,17 @@ class PagedAdamW8bit(PagedAdamW):
         layout |= {"absmax1": (blocks, torch.float32), "absmax2": (blocks, torch.float32)}
         return layout
 
+    def _may_leave(self, p: Tensor) -> bool:
+        return self._in_8bit(p) or super()._may_leave(p)
+
     def _cut(self, p: Tensor, name: str, local: Tensor) -> Tensor:
         return local if self._in_8bit(p) else super()._cut(p, name, local)
 
     def _fresh(self, p: Tensor) -> dict[str, Tensor]:
         return super()._fresh(p) | self._shard(p)
 
-    def _adopt(self, store: PagedStore, p: Tensor, values: dict[str, Any]) -> dict[str, Tensor]:
-        return super()._adopt(store, p, values) | self._shard(p)
+    def _adopt(self, stores: _Stores, p: Tensor, values: dict[str, Any]) -> dict[str, Tensor]:
+        return super()._adopt(stores, p, values) | self._shard(p)
 
     def _check_loaded(self, p: Tensor, values: dict[str, Any]) -> None:
         super()._check_loaded(p, values)
@@ -306,9 +359,6 @@ class PagedAdamW8bit(PagedAdamW):
 
         sizes, offsets = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
         return {"shard": torch.tensor([*sizes, *offsets])}
-
-    def _tensors(self, p: Tensor) -> list[Tensor]:
-        return [_local(t) for name, t in self.state[p].items() if name not in {"step", "shard"}]
 
     def _kernel(self, p: Tensor, grad: Tensor, state: dict[str, Tensor]) -> Callable[..., None]:
         if "state1" not in state:
@@ -334,8 +384,3 @@ def _opened(value: Any) -> Any:
 def _local(t: Tensor) -> Tensor:
     """This rank's part of a DTensor; others as they are."""
     return t.to_local() if is_sharded(t) else t.detach()
-
-
-def _zeros(store: PagedStore, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    paged = math.prod(shape) * dtype.itemsize >= _PAGED_BYTES
-    return store.zeros(shape, dtype) if paged else torch.zeros(shape, dtype=dtype)

@@ -74,6 +74,9 @@ class PagedStore:
         for t in filter(self.owns, tensors):
             _advise(t, mmap.MADV_WILLNEED)
 
+    def ready(self, *tensors: Tensor) -> None:
+        """They are used now: the system reads what is missing as it is touched."""
+
     def done_with(self, *tensors: Tensor) -> None:
         """They have been used and will not be for a while. No effect on tensors of others."""
         for t in filter(self.owns, tensors):
@@ -85,6 +88,12 @@ class PagedStore:
             self._total -= self._mapped.pop(oldest)
             # Of a shared mapping nothing is lost: its pages, written or not, are the file's.
             _advise(self._owned[oldest], mmap.MADV_DONTNEED)
+
+    def relieve(self) -> None:
+        """After a step: nothing, as the system takes what it is short of."""
+
+    def settle(self) -> None:
+        """They may always be read."""
 
 
 def _reserve(descriptor: int, size: int) -> None:

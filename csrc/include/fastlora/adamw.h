@@ -64,4 +64,21 @@ Status adamw_8bit(const Adamw8bitArgs& args, Isa isa);
 // The 256 values of the unsigned dynamic 8-bit map, ascending; the signed one is nf4_dynamic_map().
 const float* unsigned_dynamic_map();
 
+// The maps as tables. The nearest entry is found by a value's leading 16 bits: its sign, exponent and 7 bits of
+// mantissa name a cell, and no cell has more than one midpoint. Magnitudes under 2^-23, whose low bits say
+// nothing, are in the first cell, those above 1 in the last one; both are one entry throughout.
+inline constexpr int32_t kMapFirstCell = (127 - 23) << 7;
+inline constexpr int32_t kMapCells = (23 << 7) + 1;
+
+// What a device's kernels look codes up in.
+struct AdamwTables {
+  float signed_values[256], unsigned_values[256];
+  // The largest float32 that does not exceed the midpoint of an entry and the next: what is above it has the next.
+  float signed_bounds[256], unsigned_bounds[256];
+  // The lower of the entries that a cell's values have. Signed: of positive values, then of negative ones.
+  uint8_t signed_cells[2 * kMapCells];
+  uint8_t unsigned_cells[kMapCells + 13];  // to a multiple of 16
+};
+const AdamwTables& adamw_tables();
+
 }  // namespace fastlora

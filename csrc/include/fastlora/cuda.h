@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "fastlora/adamw.h"
 #include "fastlora/nf4.h"
 #include "fastlora/nf4_linear.h"
 #include "fastlora/segmented_lora.h"
@@ -218,5 +219,19 @@ struct LoraDropoutCudaArgs {
   void* stream;
 };
 Status lora_dropout_cuda(const LoraDropoutCudaArgs& args);
+
+// The same bits as adamw and adamw_8bit, where they are finite; threads are not looked at.
+struct AdamwCudaArgs {
+  AdamwArgs call;
+  void* stream;
+};
+Status adamw_cuda(const AdamwCudaArgs& args);
+
+struct Adamw8bitCudaArgs {
+  Adamw8bitArgs call;
+  const AdamwTables* tables;  // adamw_tables(), on the device, aligned to 16
+  void* stream;
+};
+Status adamw_8bit_cuda(const Adamw8bitCudaArgs& args);
 
 }  // namespace fastlora
