@@ -62,7 +62,7 @@ def convert(
         rank, alpha, dropout, blocksize, double_quant, use_rslora, adapter_dtype: as for :class:`QLinear`.
         init: how linear layers' adapters start, as for :meth:`QLinear.from_linear`; experts' by default.
         layer_class: what linear layers become: QLinear or a kind of it, as `fastlora.methods` has them; or
-            ModuLinear, whose `quantizer` stands for blocksize and double_quant.
+            ModuLinear, whose `quantizer` stands for blocksize and double_quant. Experts are NF4 always.
         expert_rank: that of each single expert, by default `rank`; 0 leaves the experts without adapters,
             which are most of a model's where there are many experts.
         progress: show a progress bar.

@@ -32,9 +32,9 @@ class ModuLinear(OnlyOwn):
 
     Args:
         quantizer: of the weight; a :class:`~fastlora.methods.quantizers.Quantizer`.
-        parts: the tensors that it has made of the weight, or that it knows how to read.
+        parts: the tensors that it has made of the weight, or that it knows how to read; held, not copied.
         in_features, out_features: k and n, at least 1.
-        bias: ``(n,)`` or None; it becomes a parameter that learns.
+        bias: ``(n,)`` or None; it becomes a parameter that learns, over the same memory.
         rank, alpha, dropout, use_rslora, adapter_dtype: as for :class:`fastlora.QLinear`.
 
     :meth:`from_linear` quantises a dense layer. lora_A is Kaiming-uniform and lora_B zero, so the layer
@@ -49,7 +49,7 @@ class ModuLinear(OnlyOwn):
 
     #: Elements of W that are dequantised at a time, about; at least what the quantiser's `row_step` asks for.
     slab_elements: int = TILE
-    #: The adapter alone learns; there is nothing to unmerge.
+    #: Never: an adapter has no place in the codes.
     merged = False
 
     bias: Tensor | None

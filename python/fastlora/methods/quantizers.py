@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .. import checks
 from ..autograd import linear_from_parts
 from ..nf4 import quantize_nf4
-from ..reference import nf4_unpack
+from ..reference import nf4_pack, nf4_unpack
 from ..tiles import TILE, nf4_rows, rows_of_whole_blocks, slabs
 
 #: A quantised weight as its quantiser made it: tensors of any shapes and dtypes, by name.
@@ -177,9 +177,8 @@ class Int4(Quantizer):
         divisors = _divisors(scales)
         zeros = (low / divisors).round_().neg_()
         codes = (w / divisors).round_().add_(zeros).clamp_(0, 15).to(torch.uint8)
-        flat = F.pad(codes.flatten(1)[:, : weight.shape[1]], (0, weight.shape[1] % 2))
         return {
-            "codes": flat[:, 0::2] << 4 | flat[:, 1::2],
+            "codes": nf4_pack(codes.flatten(1)[:, : weight.shape[1]]),
             "zeros": zeros.squeeze(-1).to(torch.uint8),
             "scales": scales.squeeze(-1),
         }

@@ -80,22 +80,29 @@ def _forward(
     elements: int,
 ) -> tuple[Tensor, Tensor | None]:
     """(y, u)"""
-    rows_of_x, dtype = _rows(x), x.dtype
+    dtype = x.dtype
     u = b = None
     with plain_torch(x.device):
         if lora_a is not None and lora_b is not None:
             seen = _rows(x if seed is None else _dropout(x, seed, dropout))
             u = product(seen, lora_a.to(dtype).t(), dtype)
             b = (lora_b * scaling).to(dtype)
-        y = x.new_empty(len(rows_of_x), weight.shape[0])
-        for rows, slab in weight.slabs(dtype, elements):
-            part = product(rows_of_x, slab.t(), torch.float32)
+        left = _rows(x).to(_kind(x))
+        y = x.new_empty(len(left), weight.shape[0])
+        for rows, slab in weight.slabs(left.dtype, elements):
+            part = product(left, slab.t(), torch.float32)
             if u is not None and b is not None:
                 part += product(u, b[rows].t(), torch.float32)
             if bias is not None:
                 part += bias[rows]
             y[:, rows] = part
     return y.view(*x.shape[:-1], weight.shape[0]), u
+
+
+def _kind(x: Tensor) -> torch.dtype:
+    """In which slabs are dequantised and multiplied: float16 on a CPU in float32, as `product` would anyway,
+    but with x cast once and W rounded once less."""
+    return torch.float32 if x.dtype is torch.float16 and x.device.type == "cpu" else x.dtype
 
 
 class _SlabLinear(torch.autograd.Function):
@@ -169,11 +176,13 @@ def _gradients(
             dbias = dy.sum(0)
         if needs_x:
             weight = QuantizedWeight(quantizer, dict(zip(names, parts, strict=True)), shape)
+            # In float32: in 16 bits each slab would round the sum anew.
             total = dy.new_zeros(len(dy), shape[1], dtype=torch.float32)
             if v is not None and lora_a is not None:
                 low = product(v, lora_a.to(dtype), dtype)
                 total += low if seed is None else _dropout(low, seed, dropout)
-            for rows, slab in weight.slabs(dtype, elements):
-                total += product(dy[:, rows], slab, torch.float32)
+            left = dy.to(_kind(dy))
+            for rows, slab in weight.slabs(left.dtype, elements):
+                total += product(left[:, rows], slab, torch.float32)
             dx = total.to(dtype).reshape(x_shape)
     return dx, dbias, da, db
