@@ -281,6 +281,34 @@ def test_a_format_that_gives_the_whole_matrix_or_nothing():
         ModuLinear.from_linear(nn.Linear(K, N), WholeOnly())
 
 
+def test_another_librarys_format():
+    """bitsandbytes' FP4, through its public functions."""
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed").functional
+
+    class FP4(Quantizer):
+        def quantize(self, weight):
+            packed, state = bnb.quantize_fp4(weight)
+            return {"packed": packed, "absmax": state.absmax, "code": state.code}
+
+        def row_step(self, shape):
+            return shape[0]
+
+        def dequantize(self, parts, shape, rows, dtype):
+            state = bnb.QuantState(
+                parts["absmax"], shape, parts["code"], blocksize=64, quant_type="fp4", dtype=dtype
+            )
+            return bnb.dequantize_fp4(parts["packed"], state)[rows]
+
+    layer = trained(FP4(), N, 64)
+    x = torch.randn(6, 64, requires_grad=True)
+    want, (leaf, *_) = in_double(layer, x)
+    got = layer.half().float()(x)
+    got.sum().backward()
+    want.sum().backward()
+    assert relative_error(got.detach(), want.detach()) < 1e-3  # the adapter was in float16
+    assert relative_error(x.grad, leaf.grad) < 1e-3
+
+
 def test_what_a_quantiser_must_give():
     class Wrong(Codebook):
         def dequantize(self, parts, shape, rows, dtype):

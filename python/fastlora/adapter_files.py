@@ -38,7 +38,8 @@ def save_adapter(
     task_type: str | None = None,
     base_model: str | None = None,
 ) -> None:
-    """Write an adapter of every QLinear in `model` that has it to `directory`, which is made if need be.
+    """Write an adapter of every QLinear and ModuLinear in `model` that has it to `directory`, which is made if
+    need be.
 
     Args:
         name: which; by default the layers' own, those of QExperts included (PEFT's target_parameters).
@@ -92,8 +93,8 @@ def load_adapter(
     name: str = DEFAULT,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Read a LoRA adapter that :func:`save_adapter` or PEFT wrote into the QLinear layers of `model`, and the
-    default one into its QExperts of a rank above 0 too.
+    """Read a LoRA adapter that :func:`save_adapter` or PEFT wrote into the QLinear and ModuLinear layers of
+    `model`, and the default one into its QExperts of a rank above 0 too.
 
     Args:
         name: by default the layers' own adapter, which each of them must find in the file. Any other: the

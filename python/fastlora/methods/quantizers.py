@@ -29,7 +29,8 @@ Shape: TypeAlias = tuple[int, int]
 @runtime_checkable
 class Quantizer(Protocol):
     """What a layer asks of a weight's format. Derive from it: only :meth:`dequantize` has to be written, and
-    :meth:`quantize` where weights are to be quantised here rather than come quantised."""
+    :meth:`quantize` where weights are to be quantised here rather than come quantised. No method changes the
+    parts."""
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """The parts of a floating matrix (n, k), on its device. Their names are identifiers."""
