@@ -38,8 +38,8 @@ def save_adapter(
     task_type: str | None = None,
     base_model: str | None = None,
 ) -> None:
-    """Write an adapter of every QLinear and ModuLinear in `model` that has it to `directory`, which is made if
-    need be.
+    """Write an adapter of every QLinear and ModuLinear in `model` that has it to `directory`, which is made
+    if need be.
 
     Args:
         name: which; by default the layers' own, those of QExperts included (PEFT's target_parameters).
