@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .linear import QLinear
-from .named_adapters import Parts
+from .named_adapters import NamedAdapters, Parts
 
 CONFIG_NAME = "adapter_config.json"
 _TASK_BY_CLASS = {
@@ -27,13 +26,13 @@ _TASK_BY_CLASS = {
 
 
 def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """named_modules less what is inside a QLinear, with the names that they have where no part of the model
-    is compiled."""
+    """named_modules less what is inside a layer with adapters, with the names that they have where no part of
+    the model is compiled."""
     inside = None
     for name, module in model.named_modules():
         if inside is None or not name.startswith(inside):
             yield ".".join(part for part in name.split(".") if part != "_orig_mod"), module
-            inside = f"{name}." if isinstance(module, QLinear) and name else None
+            inside = f"{name}." if isinstance(module, NamedAdapters) and name else None
 
 
 def config_of(

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from . import expert_files
 from .adapter_config import CONFIG_NAME, config_of, guess_task, modules, pattern_value, read_config
 from .experts import QExperts
-from .linear import QLinear
-from .named_adapters import DEFAULT, Parts
+from .named_adapters import DEFAULT, NamedAdapters, Parts
 from .sharded import cut_like, reshard, whole
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -39,7 +38,8 @@ def save_adapter(
     task_type: str | None = None,
     base_model: str | None = None,
 ) -> None:
-    """Write an adapter of every QLinear in `model` that has it to `directory`, which is made if need be.
+    """Write an adapter of every QLinear and ModuLinear in `model` that has it to `directory`, which is made
+    if need be.
 
     Args:
         name: which; by default the layers' own, those of QExperts included (PEFT's target_parameters).
@@ -93,8 +93,8 @@ def load_adapter(
     name: str = DEFAULT,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Read a LoRA adapter that :func:`save_adapter` or PEFT wrote into the QLinear layers of `model`, and the
-    default one into its QExperts of a rank above 0 too.
+    """Read a LoRA adapter that :func:`save_adapter` or PEFT wrote into the QLinear and ModuLinear layers of
+    `model`, and the default one into its QExperts of a rank above 0 too.
 
     Args:
         name: by default the layers' own adapter, which each of them must find in the file. Any other: the
@@ -138,7 +138,7 @@ def load_adapter(
         ("whole", [at for at in apart if ranks[at] != _rank(layers[at], name)]),
         ("unmerged", [at for at, layer in layers.items() if layer.merged]),
         ("plain LoRA", [at for at, layer in layers.items() if not layer.can_load(name)]),
-        ("materialised", [at for at, layer in layers.items() if layer.weight.is_meta]),
+        ("materialised", [at for at, one in layers.items() if any(p.is_meta for p in one.parameters())]),
         ("materialised", [at for at, experts in stacks.items() if experts.down_proj.is_meta]),
     ):
         if names:
@@ -201,12 +201,12 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _adapted(model: nn.Module, name: str) -> dict[str, QLinear]:
-    return {at: m for at, m in modules(model) if isinstance(m, QLinear) and name in m.adapter_names}
+def _adapted(model: nn.Module, name: str) -> dict[str, NamedAdapters]:
+    return {at: m for at, m in modules(model) if isinstance(m, NamedAdapters) and name in m.adapter_names}
 
 
 def _names(model: nn.Module) -> list[str]:
-    found = (m.adapter_names for m in model.modules() if isinstance(m, QLinear))
+    found = (m.adapter_names for m in model.modules() if isinstance(m, NamedAdapters))
     return sorted({name for names in found for name in names})
 
 
@@ -226,16 +226,16 @@ def _entries(adapters: Mapping[str, Parts]) -> dict[str, Tensor]:
     }
 
 
-def _in_file(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, QLinear]:
+def _in_file(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, NamedAdapters]:
     """The layers that a file speaks of."""
     return {
         at: m
         for at, m in modules(model)
-        if isinstance(m, QLinear) and not tensors.keys().isdisjoint(_keys(at))
+        if isinstance(m, NamedAdapters) and not tensors.keys().isdisjoint(_keys(at))
     }
 
 
-def _shapes(layers: Mapping[str, QLinear], tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def _shapes(layers: Mapping[str, NamedAdapters], tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Those that a file with its own ranks should have."""
     shapes: dict[str, tuple[int, ...]] = {}
     for at, layer in layers.items():
@@ -245,16 +245,16 @@ def _shapes(layers: Mapping[str, QLinear], tensors: Mapping[str, Tensor]) -> dic
     return shapes
 
 
-def _kind(layer: QLinear, dtype: torch.dtype | None) -> torch.dtype | None:
+def _kind(layer: NamedAdapters, dtype: torch.dtype | None) -> torch.dtype | None:
     """That of a new adapter: the layer's, where it has others."""
     return None if layer.adapter_names else dtype
 
 
-def _rank(layer: QLinear, name: str) -> int | None:
+def _rank(layer: NamedAdapters, name: str) -> int | None:
     return layer.adapter(name).rank if name in layer.adapter_names else None
 
 
-def _file_dtype(layer: QLinear, name: str) -> torch.dtype | None:
+def _file_dtype(layer: NamedAdapters, name: str) -> torch.dtype | None:
     return None if name == DEFAULT else layer.holder(name).file_dtype
 
 

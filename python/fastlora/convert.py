@@ -18,6 +18,8 @@ from .hooks import has_hooks
 from .integrations import experts as stacked
 from .linear import QLinear, check_arguments
 from .methods import initialisation
+from .methods.modulora import ModuLinear
+from .named_adapters import NamedAdapters
 
 ALL_LINEAR = "all-linear"
 
@@ -43,7 +45,7 @@ def convert(
     use_rslora: bool = False,
     adapter_dtype: torch.dtype | None = None,
     init: str = "default",
-    layer_class: type[QLinear] = QLinear,
+    layer_class: type[QLinear] | type[ModuLinear] = QLinear,
     expert_rank: int | None = None,
     progress: bool = True,
     **kind: Any,
@@ -59,7 +61,8 @@ def convert(
         skip_modules: names of modules to leave dense, with all they contain; they need not occur.
         rank, alpha, dropout, blocksize, double_quant, use_rslora, adapter_dtype: as for :class:`QLinear`.
         init: how linear layers' adapters start, as for :meth:`QLinear.from_linear`; experts' by default.
-        layer_class: what linear layers become: QLinear or a kind of it, as `fastlora.methods` has them.
+        layer_class: what linear layers become: QLinear or a kind of it, as `fastlora.methods` has them; or
+            ModuLinear, whose `quantizer` stands for blocksize and double_quant. Experts are NF4 always.
         expert_rank: that of each single expert, by default `rank`; 0 leaves the experts without adapters,
             which are most of a model's where there are many experts.
         progress: show a progress bar.
@@ -94,26 +97,30 @@ def convert(
     expert_rank = rank if expert_rank is None else expert_rank
     for one in (rank, expert_rank):
         check_arguments(1, 1, one, alpha, dropout, blocksize, torch.float32, adapter_dtype or torch.float32)
-    if not (isinstance(layer_class, type) and issubclass(layer_class, QLinear)):
-        raise TypeError(f"convert: expected layer_class QLinear or a kind of it, got {layer_class!r}")
+    if not (isinstance(layer_class, type) and issubclass(layer_class, (QLinear, ModuLinear))):
+        raise TypeError(
+            f"convert: expected layer_class QLinear, ModuLinear or a kind of these, got {layer_class!r}"
+        )
     initialisation.check_init("convert", init, rank, alpha)
+    unused = () if issubclass(layer_class, QLinear) else ("blocksize", "double_quant")
+    linear_options = {key: value for key, value in options.items() if key not in unused} | kind
     report = ConversionReport(bytes_before=_bytes(model))
     names = _names(model)
     groups = _plan(model, names, target_modules, skip_modules, report.skipped)
     count = sum(len(group) for group in groups)
     with tqdm(total=count, desc="quantising", unit="layer", disable=not progress) as bar:
         for group in groups:
-            first: tuple[str, QLinear] | None = None  # the group's layer that the others share weights with
+            first: tuple[str, Any] | None = None  # the group's layer that the others share weights with
             while group:
                 dense = group.pop(0)
                 name = names[id(dense)][0]
                 bar.set_postfix_str(name, refresh=False)
-                layer: QLinear | QExperts
+                layer: Any
                 try:
                     if isinstance(dense, nn.Linear):
                         again = first is not None and initialisation.reads_weight(init)
                         layer = layer_class.from_linear(
-                            dense, **options, **kind, init="default" if again else init
+                            dense, **linear_options, init="default" if again else init
                         )
                     else:
                         layer = stacked.from_module(dense, **options | {"rank": expert_rank})
@@ -122,7 +129,7 @@ def convert(
                     raise ValueError(
                         f"convert: {name}: {error} ({done} of {count} layers converted)"
                     ) from error
-                if isinstance(layer, QLinear) and isinstance(dense, nn.Linear):
+                if isinstance(dense, nn.Linear):
                     layer.bias = dense.bias  # itself, in case it is shared
                     if first is not None:
                         layer.share_base(first[1])
@@ -130,7 +137,7 @@ def convert(
                             layer.set_adapter_values(first[1].lora_A, first[1].lora_B)  # it fits this base
                     report.converted.append(_converted(name, dense, layer, first))
                     first = first or (name, layer)
-                elif isinstance(layer, QExperts):
+                else:
                     report.converted += _converted_experts(name, dense, layer)
                 for alias in names[id(dense)]:
                     parent, _, child = alias.rpartition(".")
@@ -144,7 +151,7 @@ def convert(
 
 
 def _converted(
-    name: str, linear: nn.Linear, layer: QLinear, first: tuple[str, QLinear] | None
+    name: str, linear: nn.Linear, layer: QLinear | ModuLinear, first: tuple[str, Any] | None
 ) -> ConvertedLayer:
     return ConvertedLayer(
         name,
@@ -310,7 +317,7 @@ def _freeze_all_but_adapters(model: nn.Module) -> None:
     adapters = {
         id(p)
         for m in model.modules()
-        if isinstance(m, QLinear)
+        if isinstance(m, NamedAdapters)
         for name in m.adapter_names
         for p in m.adapter_parameters(name)
     }
@@ -329,7 +336,7 @@ def _weights(model: nn.Module) -> tuple[int, int]:
             for scales in (module.weight_scales, module.weight_nested):
                 if scales is not None:
                     elements[_identity(scales)] = 0
-        if isinstance(module, QExperts):
+        if isinstance(module, (QExperts, ModuLinear)):
             elements |= {_identity(p): weights for p, weights in module.stored()}
     parameters = _once(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)

@@ -18,14 +18,14 @@ from . import checks
 from .autograd import linear_from_parts
 from .huge_pages import frozen_bytes
 from .methods import initialisation
-from .named_adapters import NamedAdapters
 from .nf4 import NF4Weight, quantize_nf4
+from .own_adapter import OwnAdapter
 from .sharded import cut_like, whole
 
 _BASE = ("weight", "weight_scales", "weight_nested", "weight_offsets")
 
 
-class QLinear(NamedAdapters, nn.Linear):
+class QLinear(OwnAdapter, nn.Linear):
     """y = x·Wᵀ + scaling · dropout(x)·lora_Aᵀ·lora_Bᵀ + bias, W frozen in NF4 (LoRA, Hu et al., 2021; QLoRA,
     Dettmers et al., 2023).
 
@@ -57,8 +57,6 @@ class QLinear(NamedAdapters, nn.Linear):
     weight_scales: Tensor
     weight_nested: Tensor | None
     weight_offsets: Tensor | None
-    lora_A: Tensor | None
-    lora_B: Tensor | None
 
     def __init__(
         self,
@@ -204,35 +202,6 @@ class QLinear(NamedAdapters, nn.Linear):
             nn.init.uniform_(self.bias, -bound, bound)
         self.reset_adapter()
 
-    def set_alpha(self, alpha: float, use_rslora: bool = False) -> None:
-        """Set the scaling to alpha / rank, or alpha / sqrt(rank) with `use_rslora`."""
-        self.alpha, self.use_rslora = alpha, use_rslora
-        self.scaling = 0.0 if self.rank == 0 else alpha / (math.sqrt(self.rank) if use_rslora else self.rank)
-
-    def reset_adapter(self, init: str = "default") -> None:
-        """lora_A Kaiming-uniform with a = sqrt(5), or normal for ``"gaussian"``, lora_B zero: the layer is
-        its base again."""
-        if init not in {"default", "gaussian"}:
-            raise ValueError(f"reset_adapter: expected init 'default' or 'gaussian', got {init!r}")
-        if self.lora_A is not None and self.lora_B is not None:
-            if init == "gaussian":
-                nn.init.normal_(self.lora_A, std=1 / self.rank)
-            else:
-                nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            nn.init.zeros_(self.lora_B)
-
-    def set_adapter_values(self, lora_a: Tensor, lora_b: Tensor) -> None:
-        """Copy values (rank, k) and (n, rank) into the layer's own adapter."""
-        for name, p, value in (("lora_a", self.lora_A, lora_a), ("lora_b", self.lora_B, lora_b)):
-            if p is None or p.shape != value.shape:
-                raise ValueError(
-                    f"set_adapter_values: expected {name} of shape "
-                    f"{None if p is None else tuple(p.shape)}, got {tuple(value.shape)}"
-                )
-        with torch.no_grad():
-            self.lora_A.copy_(lora_a)  # type: ignore[union-attr]
-            self.lora_B.copy_(lora_b)  # type: ignore[union-attr]
-
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., out_features), in x's dtype (autocast's where that is on)."""
         shape = x.shape
@@ -308,16 +277,6 @@ class QLinear(NamedAdapters, nn.Linear):
     def merged(self) -> bool:
         """Whether the adapter is folded into the weight."""
         return self._unmerged is not None
-
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """W with the active adapter in it, unquantised: float32 (out_features, in_features); of a merged
-        layer the weight in force."""
-        dense = self.dequantize(torch.float32)
-        if self.merged or self.active_adapter is None:
-            return dense
-        adapter = self.exported(self.active_adapter)
-        return dense.addmm_(adapter.lora_B.float(), adapter.lora_A.float(), alpha=adapter.scaling)
 
     def merge(self) -> None:
         """Fold the active adapter into the weight for inference: W becomes NF4(W + scaling·lora_B·lora_A).

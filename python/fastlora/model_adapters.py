@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -13,10 +13,8 @@ from .active import Batch, Place
 from .adapter_table import AdapterTable
 from .adapters_apart import ApartAdapters
 from .experts import QExperts
+from .named_adapters import NamedAdapters
 from .routing import Router
-
-if TYPE_CHECKING:
-    from .linear import QLinear
 
 
 class adapters:
@@ -101,7 +99,5 @@ class adapters:
         return routers
 
 
-def _layers(model: nn.Module) -> list[QLinear]:
-    from .linear import QLinear
-
-    return [m for m in model.modules() if isinstance(m, QLinear) and m.adapter_names]
+def _layers(model: nn.Module) -> list[NamedAdapters]:
+    return [m for m in model.modules() if isinstance(m, NamedAdapters) and m.adapter_names]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..linear import QLinear
 from .low_rank import balanced, truncated_svd, widened
+from .modulora import ModuLinear
 
 KINDS = ("svd", "linear", "cat")
 
@@ -127,7 +128,7 @@ def add_merged_adapter(
 
 
 @torch.no_grad()
-def to_linear(layer: QLinear, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
+def to_linear(layer: QLinear | ModuLinear, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
     """A dense layer with the active adapter in its weight: no rounding but the last, to `dtype`."""
     bias = layer.bias
     linear = nn.Linear(layer.in_features, layer.out_features, bias is not None, device="meta", dtype=dtype)
@@ -138,13 +139,13 @@ def to_linear(layer: QLinear, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
 
 
 def make_dense(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Swap every QLinear in `model` for :func:`to_linear` of it, one at a time and under all its names; how
-    many. ValueError if `model` is such a layer itself."""
-    if isinstance(model, QLinear):
+    """Swap every QLinear and ModuLinear in `model` for :func:`to_linear` of it, one at a time and under all
+    its names; how many. ValueError if `model` is such a layer itself."""
+    if isinstance(model, (QLinear, ModuLinear)):
         raise ValueError("make_dense: expected a module that holds layers, got a layer; use to_linear")
-    names: dict[QLinear, list[str]] = {}
+    names: dict[QLinear | ModuLinear, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, QLinear):
+        if isinstance(module, (QLinear, ModuLinear)):
             names.setdefault(module, []).append(name)
     count = len(names)
     while names:
