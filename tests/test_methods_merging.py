@@ -1,6 +1,4 @@
-"""Adapters merged with each other and with weights, and taken out of weights."""
-
-import copy
+"""Adapters merged with each other and with weights."""
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from fastlora import QLinear
 from fastlora.methods.dora import DoraQLinear
 from fastlora.methods.merging import (
     add_merged_adapter,
-    extract_adapter,
     make_dense,
     merge_into_nf4,
     merge_pairs,
@@ -192,21 +189,6 @@ def test_merging_into_nf4_says_what_it_cost():
     assert torch.equal(net.up.dequantize(), before)
 
 
-def test_extracting():
-    torch.manual_seed(0)
-    base, (a, b, _) = torch.randn(N, K), pair(4, 1)
-    tuned = base + 0.01 * b @ a
-    for scaling, niter in ((1.0, None), (2.0, None), (2.0, 4)):
-        found = extract_adapter(base, tuned, 4, scaling=scaling, niter=niter)
-        assert relative_error(scaling * found[1] @ found[0], (tuned - base).double()) < 1e-4
-    layer = QLinear.from_linear(nn.Linear(K, N), rank=4, alpha=8)
-    before = copy.deepcopy(layer)
-    layer.set_adapter_values(*extract_adapter(base, tuned, 4, scaling=layer.scaling))
-    torch.testing.assert_close(
-        layer.merged_weight() - before.dequantize(), tuned - base, rtol=1e-3, atol=1e-4
-    )
-
-
 def test_what_is_refused():
     two = [pair(3, 0), pair(5, 1)]
     for arguments, message in (
@@ -243,8 +225,3 @@ def test_what_is_refused():
     assert net.down.adapter_names == ("one",)
     with pytest.raises(RuntimeError, match="of plain LoRA, got DoraQLinear"):
         add_merged_adapter(nn.Sequential(DoraQLinear(8, 8)), "x", ["default"], [1])
-    w = torch.zeros(3, 4)
-    with pytest.raises(ValueError, match=r"two matrices of one shape, got \(3, 4\) and \(4, 3\)"):
-        extract_adapter(w, w.T, 2)
-    with pytest.raises(ValueError, match="expected rank >= 1 and a scaling other than 0, got 2 and 0"):
-        extract_adapter(w, w, 2, scaling=0)

@@ -65,10 +65,10 @@ def save_adapter(
             "save_adapter: expected DoRA in every adapted layer or in none, which is all that a file can "
             f"say, got it in {len(magnitudes)} of {len(parts) + len(stacks)}"
         )
-    config = config_of(model, parts, expert_files.parts(stacks))
+    config = config_of((at for at, _ in modules(model)), parts, expert_files.parts(stacks))
     if stacks:
         config["target_parameters"] = expert_files.targets(model, stacks)
-    config["task_type"] = task_type or guess_task(model)
+    config["task_type"] = task_type or guess_task(type(model).__name__)
     config["base_model_name_or_path"] = base_model or getattr(model, "name_or_path", None) or None
     came_in = {path: _file_dtype(layer, name) for path, layer in layers.items()}
     tensors = {
@@ -78,12 +78,7 @@ def save_adapter(
     }
     for key, p in expert_files.entries(stacks).items():
         tensors[key] = expert_files.flat(key, whole(p.detach()).to("cpu")).contiguous()
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as replace:  # both files are complete and on disk before either is renamed
-        replace(WEIGHTS_NAME, lambda to: safetensors.torch.save_file(tensors, to, metadata={"format": "pt"}))
-        replace(CONFIG_NAME, lambda to: to.write_text(text, encoding="utf-8"))
+    write_files(Path(directory), config, tensors)
 
 
 def load_adapter(
@@ -288,6 +283,18 @@ def _check_fit(expected: Mapping[str, Sequence[int]], tensors: Mapping[str, Tens
 
 
 # --- files ------------------------------------------------------------------------------------------------
+
+
+def write_files(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """An adapter's two files, into a folder that is made if need be."""
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    path.mkdir(parents=True, exist_ok=True)
+    with _replacing(path) as replace:  # both files are complete and on disk before either is renamed
+        replace(
+            WEIGHTS_NAME,
+            lambda to: safetensors.torch.save_file(dict(tensors), to, metadata={"format": "pt"}),
+        )
+        replace(CONFIG_NAME, lambda to: to.write_text(text, encoding="utf-8"))
 
 
 @contextmanager

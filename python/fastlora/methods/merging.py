@@ -1,4 +1,4 @@
-"""Adapters put together, folded in, and taken out of weights.
+"""Adapters put together, and folded into weights.
 
     linear   A = Σ ±√|w·s|·A_i,  B = Σ √|w·s|·B_i    of one rank: cheap, and not the sum of the changes
     cat      A = [w·s·A_i],  B = [B_i]               exactly the sum of the changes Σ w·s·B_i·A_i
@@ -192,29 +192,3 @@ def merge_into_nf4(model: nn.Module) -> list[Rounding]:
 
 def _ratio(a: Tensor, b: Tensor) -> float:
     return 0.0 if not a else math.inf if not b else (a / b).item()
-
-
-# --- taking out -------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def extract_adapter(
-    base: Tensor, tuned: Tensor, rank: int, *, scaling: float = 1.0, niter: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """A (rank, k) and B (n, rank), float32, with scaling·B·A nearest to tuned - base, both (n, k).
-
-    niter: as for :func:`fastlora.methods.low_rank.truncated_svd`. ``layer.set_adapter_values(a, b)`` puts
-    them into a layer, ``tuned`` being a dense checkpoint's weight and ``base`` its original's. Raises
-    ValueError for shapes, rank and scaling.
-    """
-    if base.dim() != 2 or base.shape != tuned.shape:
-        raise ValueError(
-            f"extract_adapter: expected two matrices of one shape, got {tuple(base.shape)} and "
-            f"{tuple(tuned.shape)}"
-        )
-    if rank < 1 or not scaling:
-        raise ValueError(
-            f"extract_adapter: expected rank >= 1 and a scaling other than 0, got {rank} and {scaling}"
-        )
-    a, b = balanced(*truncated_svd(tuned.float() - base.float(), rank, niter))
-    return widened(a, b / scaling, rank)

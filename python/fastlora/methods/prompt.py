@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter_config import CONFIG_NAME
-from ..adapter_files import WEIGHTS_NAME, _replacing
+from ..adapter_files import WEIGHTS_NAME, write_files
 
 _KEY = "prompt_embeddings"
 _IGNORED = -100  # a label that no loss counts, torch's
@@ -267,13 +267,7 @@ def _save(
         "inference_mode": True,
         **more,
     }
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    tensors = {_KEY: values.detach().to("cpu").contiguous()}
-    path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as replace:
-        replace(WEIGHTS_NAME, lambda to: safetensors.torch.save_file(tensors, to, metadata={"format": "pt"}))
-        replace(CONFIG_NAME, lambda to: to.write_text(text, encoding="utf-8"))
+    write_files(Path(directory), config, {_KEY: values.detach().to("cpu").contiguous()})
 
 
 def _load(op: str, path: Path, kinds: tuple[str, ...]) -> tuple[dict[str, Any], Tensor]:
