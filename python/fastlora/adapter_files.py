@@ -102,10 +102,10 @@ def load_adapter(
     config says. The dropout of an adapter that was there stays as it is.
 
     Raises, with nothing changed: ValueError that lists what is missing, unexpected or of the wrong shape, for
-    a file that does not fit the model exactly, and for a kind of adapter other than plain LoRA, rsLoRA or,
-    into DoraQLinear, DoRA; RuntimeError for layers that are merged or on the meta device, for sharded ones
-    that have no adapter of the name and rank, and for kinds of layers that hold no such adapter;
-    FileNotFoundError.
+    a file that does not fit the model exactly, for a kind of adapter other than plain LoRA, rsLoRA or, into
+    DoraQLinear, DoRA, and into QALoraQLinear for a lora_A that is not constant over its groups; RuntimeError
+    for layers that are merged or on the meta device, for sharded ones that have no adapter of the name and
+    rank, and for kinds of layers that hold no such adapter; FileNotFoundError.
     """
     model = _unwrapped(model)
     path = Path(directory)
@@ -115,7 +115,7 @@ def load_adapter(
     tensors = safetensors.torch.load_file(path / WEIGHTS_NAME)
     layers = _adapted(model, name)
     stacks = expert_files.adapted(model) if name == DEFAULT else {}
-    held = {at: one.adapter(name) for at, one in layers.items()}
+    held = {at: one.exported(name) for at, one in layers.items()}
     if config["use_dora"] and not any(one.magnitude is not None for one in held.values()):
         raise ValueError(
             f"load_adapter: expected a plain LoRA adapter, got use_dora=True in {path / CONFIG_NAME}; "
@@ -140,14 +140,13 @@ def load_adapter(
             raise RuntimeError(
                 f"load_adapter: expected {state} layers, got {len(names)} that are not: {names[0]} ..."
             )
+    pairs = {at: _imported(at, layer, tensors) for at, layer in layers.items()}
     if apart:
         reshard(model)
     rslora, dropout = config["use_rslora"], float(config.get("lora_dropout") or 0.0)
     _load_experts(stacks, config, tensors)
     for at, layer in layers.items():
-        a, b, magnitude = (tensors.get(key) for key in _keys(at))
-        assert a is not None
-        assert b is not None
+        (a, b), magnitude = pairs[at], tensors.get(_keys(at)[2])
         alpha = pattern_value(config["alpha_pattern"], at, config["lora_alpha"])
         if name not in layer.adapter_names:
             layer.add_adapter(
@@ -228,6 +227,14 @@ def _in_file(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, QLine
         for at, m in modules(model)
         if isinstance(m, QLinear) and not tensors.keys().isdisjoint(_keys(at))
     }
+
+
+def _imported(at: str, layer: QLinear, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    a, b, _ = _keys(at)
+    try:
+        return layer.imported(tensors[a], tensors[b])
+    except ValueError as error:
+        raise ValueError(f"load_adapter: {at}: {error}") from None
 
 
 def _shapes(layers: Mapping[str, QLinear], tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
