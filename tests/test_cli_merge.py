@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from typer.testing import CliRunner
 
-from fastlora import cli
+from fastlora import cli, quantize_nf4
 from fastlora.commands import merge as merge_command
 from fastlora.commands import shard_run
 from fastlora.commands.merge import merge_folder
@@ -97,7 +97,7 @@ def test_the_sum_is_the_equations(tmp_path: Path, dtype: torch.dtype, rslora: bo
     found = json.loads(run(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", "--json").stdout)
     out = tensors_of(tmp_path / "out")
     assert out.keys() == dense.keys()
-    changes = {}
+    changes, roundings, packed = {}, {}, {}
     for key, weight in dense.items():
         if key.endswith("q.weight"):
             stem = f"base_model.model.{key.removesuffix('.weight')}"
@@ -105,6 +105,10 @@ def test_the_sum_is_the_equations(tmp_path: Path, dtype: torch.dtype, rslora: bo
             alpha, rank = (5, 4) if ".2." in key else (3, 2)
             change = b.double() @ a.double() * alpha / (math.sqrt(rank) if rslora else rank)
             changes[key] = (change.norm() / weight.double().norm()).item()
+            wanted = weight.double() + change
+            nf4 = quantize_nf4(wanted.float()).dequantize(torch.float32)
+            roundings[key] = ((out[key].double() - wanted).norm() / change.norm()).item()
+            packed[key] = ((nf4 - wanted).norm() / change.norm()).item()
             torch.testing.assert_close(
                 out[key].double(), weight.double() + change, rtol=torch.finfo(dtype).eps, atol=4e-6
             )
@@ -113,6 +117,8 @@ def test_the_sum_is_the_equations(tmp_path: Path, dtype: torch.dtype, rslora: bo
         assert out[key].dtype == dtype
     assert found["merged"] == LAYERS
     assert found["changes"] == pytest.approx(changes, rel=1e-5)
+    assert found["roundings"] == pytest.approx(roundings, rel=1e-3, abs=1e-6)
+    assert found["nf4_roundings"] == pytest.approx(packed, rel=1e-4)
     assert found["largest_change"] == pytest.approx(max(changes.values()), rel=1e-5)
     assert changes[found["largest_change_at"]] == max(changes.values())
 
@@ -161,6 +167,8 @@ def test_what_is_written_beside_the_weights(tmp_path: Path) -> None:
     text = run(tmp_path / "base", tmp_path / "adapter", tmp_path / "new" / "out").stdout
     assert "3 weights changed, 3 files" in text
     assert "largest relative change: " in text
+    assert "largest rounding as stored: " in text
+    assert "largest rounding in NF4: " in text
     out = tmp_path / "new" / "out"
     assert contents(out).keys() == contents(tmp_path / "base").keys()
     assert (out / "tokenizer.json").read_text() == TEXTS["tokenizer.json"]
@@ -170,6 +178,18 @@ def test_what_is_written_beside_the_weights(tmp_path: Path) -> None:
     )
     assert index["weight_map"] == was["weight_map"]
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors_of(out).values())
+
+
+def test_an_adapter_that_learnt_nothing(tmp_path: Path) -> None:
+    dense = base(tmp_path / "base")
+    tensors = adapter(tmp_path / "adapter")
+    nothing = {key: torch.zeros_like(t) if "lora_B" in key else t for key, t in tensors.items()}
+    safetensors.torch.save_file(nothing, tmp_path / "adapter" / "adapter_model.safetensors")
+    found = json.loads(run(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", "--json").stdout)
+    assert found["largest_change"] == 0
+    assert found["roundings"] == found["nf4_roundings"] == {}
+    for key, t in tensors_of(tmp_path / "out").items():
+        assert torch.equal(t, dense[key])
 
 
 # --- killed and resumed -----------------------------------------------------------------------------------

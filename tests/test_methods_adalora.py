@@ -176,21 +176,32 @@ def test_pefts_numbers(every):
     torch.testing.assert_close(net(x), model(x), rtol=1e-3, atol=1e-3)
 
 
-def test_a_training_goes_on_where_it_stopped():
+@pytest.mark.parametrize("stop", [2, 10, 18])  # before the budget falls, while it does, and after
+def test_a_training_goes_on_where_it_stopped(stop, tmp_path):
+    """To the same bits, through a file."""
     runs = []
     for stops in (False, True):
         net = converted()
-        options = {"total_steps": 20, "target_rank": 2, "final_steps": 4}
+        options = {"total_steps": 20, "target_rank": 2, "init_steps": 4, "final_steps": 4}
         adalora = AdaLora(net, **options)
-        train(net, adalora, 10)
+        optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
+        train(net, adalora, stop, optimizer)
         if stops:
-            model, state = net.state_dict(), adalora.state_dict()
+            parts = {"model": net, "adalora": adalora, "optimizer": optimizer}
+            torch.save({name: part.state_dict() for name, part in parts.items()}, tmp_path / "state")
+            state = torch.load(tmp_path / "state", weights_only=True)
             net = converted()
-            net.load_state_dict(model)
+            net.load_state_dict(state["model"])
             adalora = AdaLora(net, **options)
-            adalora.load_state_dict(state)
-        runs.append((train(net, adalora, 20, first=10), adalora.ranks()))
-    assert runs[0] == runs[1]
+            adalora.load_state_dict(state["adalora"])
+            optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
+            optimizer.load_state_dict(state["optimizer"])
+        losses = train(net, adalora, 20, optimizer, first=stop)
+        runs.append((losses, adalora.ranks(), net.state_dict()))
+    assert runs[0][:2] == runs[1][:2]
+    assert sum(runs[0][1].values()) == 4
+    for name, t in runs[0][2].items():
+        assert torch.equal(t, runs[1][2][name]), name
 
 
 def test_what_is_refused(tmp_path):

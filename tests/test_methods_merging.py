@@ -1,6 +1,7 @@
-"""Adapters merged with each other and with weights, and taken out of weights."""
+"""Adapters merged with each other and with weights."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from fastlora import QLinear
 from fastlora.methods.dora import DoraQLinear
 from fastlora.methods.merging import (
     add_merged_adapter,
-    extract_adapter,
     make_dense,
     merge_into_nf4,
     merge_pairs,
@@ -190,21 +190,44 @@ def test_merging_into_nf4_says_what_it_cost():
         merge_into_nf4(net)
     net.up.unmerge()
     assert torch.equal(net.up.dequantize(), before)
+    assert replace(net.up.merge(), name="up") == rounding
+    assert net.up.merge() is None  # it is merged
+    assert net.down.merge() is None  # no adapter is active
 
 
-def test_extracting():
-    torch.manual_seed(0)
-    base, (a, b, _) = torch.randn(N, K), pair(4, 1)
-    tuned = base + 0.01 * b @ a
-    for scaling, niter in ((1.0, None), (2.0, None), (2.0, 4)):
-        found = extract_adapter(base, tuned, 4, scaling=scaling, niter=niter)
-        assert relative_error(scaling * found[1] @ found[0], (tuned - base).double()) < 1e-4
-    layer = QLinear.from_linear(nn.Linear(K, N), rank=4, alpha=8)
-    before = copy.deepcopy(layer)
-    layer.set_adapter_values(*extract_adapter(base, tuned, 4, scaling=layer.scaling))
-    torch.testing.assert_close(
-        layer.merged_weight() - before.dequantize(), tuned - base, rtol=1e-3, atol=1e-4
-    )
+def test_pefts_layers_are_merged_into_nf4_and_made_dense():
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    net = Net()
+    fastlora.convert(net, rank=0, progress=False)
+    options = {"r": 4, "lora_alpha": 6, "init_lora_weights": False}
+    model = peft.get_peft_model(net, peft.LoraConfig(**options, target_modules=["up", "down"]))
+    model.add_adapter("two", peft.LoraConfig(**options, target_modules=["up"], lora_bias=True))
+    model.base_model.set_adapter(["default", "two"])
+    with torch.no_grad():
+        model.base_model.model.up.lora_B["two"].bias.normal_()
+    x = torch.randn(3, K)
+    want = model.eval()(x).detach()
+    up = model.base_model.model.up
+    base = up.qlinear.dequantize()
+    wanted = base + up.get_delta_weight("default") + up.get_delta_weight("two")
+    costs = merge_into_nf4(model)
+    assert [cost.name for cost in costs] == ["base_model.model.up", "base_model.model.down"]
+    off = up.qlinear.dequantize() - wanted
+    assert costs[0].of_weight == pytest.approx((off.norm() / wanted.norm()).item(), rel=1e-4)
+    assert costs[0].of_change == pytest.approx((off.norm() / (wanted - base).norm()).item(), rel=1e-4)
+    with pytest.raises(RuntimeError, match=r"got 2 that are not: base_model\.model\.up"):
+        merge_into_nf4(model)
+    in_force = model(x).detach()
+    merged = copy.deepcopy(model)
+    assert make_dense(merged, torch.float32) == 2
+    torch.testing.assert_close(merged(x), in_force, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    with pytest.raises(ValueError, match="expected a module that holds layers, got a layer; use to_linear"):
+        make_dense(up)
+    assert make_dense(model, torch.float32) == 2
+    dense = model.unload()
+    assert type(dense.up) is type(dense.down) is nn.Linear
+    torch.testing.assert_close(dense(x), want, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_refused():
@@ -243,8 +266,3 @@ def test_what_is_refused():
     assert net.down.adapter_names == ("one",)
     with pytest.raises(RuntimeError, match="of plain LoRA, got DoraQLinear"):
         add_merged_adapter(nn.Sequential(DoraQLinear(8, 8)), "x", ["default"], [1])
-    w = torch.zeros(3, 4)
-    with pytest.raises(ValueError, match=r"two matrices of one shape, got \(3, 4\) and \(4, 3\)"):
-        extract_adapter(w, w.T, 2)
-    with pytest.raises(ValueError, match="expected rank >= 1 and a scaling other than 0, got 2 and 0"):
-        extract_adapter(w, w, 2, scaling=0)

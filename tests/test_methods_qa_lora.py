@@ -122,6 +122,88 @@ def test_the_plain_lora_that_it_is(tmp_path):
         make_plain(layer)
 
 
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(K, N), nn.Linear(N, K)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+
+def converted(kind=QALoraQLinear, group_size=8, seed=0):
+    net = Two()
+    options = {"group_size": group_size} if kind is QALoraQLinear else {}
+    fastlora.convert(net, rank=R, alpha=8, layer_class=kind, progress=False, **options)
+    torch.manual_seed(seed)
+    for layer in (net.up, net.down):
+        nn.init.normal_(layer.lora_A), nn.init.normal_(layer.lora_B, std=0.1)
+    return net
+
+
+@pytest.mark.parametrize("group_size", [8, 4, 1])
+def test_a_file_is_read_back(tmp_path, group_size):
+    ours = converted(group_size=group_size)
+    ours.up.set_alpha(6, use_rslora=False)
+    fastlora.save_adapter(ours, tmp_path)
+    other = converted(group_size=group_size, seed=1)
+    fastlora.load_adapter(other, tmp_path)
+    for mine, theirs in ((ours.up, other.up), (ours.down, other.down)):
+        assert torch.equal(theirs.lora_A, mine.lora_A)
+        assert torch.equal(theirs.lora_B, mine.lora_B)
+        assert theirs.scaling == mine.scaling
+    x = torch.randn(3, K)
+    assert torch.equal(other(x), ours(x))
+    finer = converted(group_size=max(group_size // 2, 1))  # is constant over its groups too
+    fastlora.load_adapter(finer, tmp_path)
+    torch.testing.assert_close(finer(x), ours(x))
+
+
+def test_a_file_that_is_not_constant_over_groups_is_refused(tmp_path):
+    plain = converted(QLinear)
+    fastlora.save_adapter(plain, tmp_path / "plain")
+    net = converted(seed=1)
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    message = "load_adapter: up: expected a lora_A that is constant over each group of 8 inputs, got another"
+    with pytest.raises(ValueError, match=message):
+        fastlora.load_adapter(net, tmp_path / "plain")
+    plain.up.lora_A.data.zero_()  # is constant, and the second layer's is not
+    fastlora.save_adapter(plain, tmp_path / "half")
+    with pytest.raises(ValueError, match="load_adapter: down: expected a lora_A that is constant"):
+        fastlora.load_adapter(net, tmp_path / "half")
+    with pytest.raises(RuntimeError, match="expected plain LoRA layers, got 2 that are not: up"):
+        fastlora.load_adapter(net, tmp_path / "half", name="other")
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+
+
+def test_a_training_goes_on_where_it_stopped(tmp_path):
+    x, target = torch.randn(32, K), torch.randn(32, K)
+
+    def adamw(net):
+        return torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
+
+    def train(net, optimizer):
+        for _ in range(5):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(net(x), target).backward()
+            optimizer.step()
+
+    whole = converted()
+    optimizer = adamw(whole)
+    train(whole, optimizer)
+    torch.save([whole.state_dict(), optimizer.state_dict()], tmp_path / "state")
+    train(whole, optimizer)
+    again = converted(seed=1)
+    model, moments = torch.load(tmp_path / "state", weights_only=True)
+    again.load_state_dict(model)
+    optimizer = adamw(again)
+    optimizer.load_state_dict(moments)
+    train(again, optimizer)
+    for name, t in whole.state_dict().items():
+        assert torch.equal(t, again.state_dict()[name]), name
+
+
 def test_convert():
     net = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64))
     fastlora.convert(net, rank=R, layer_class=QALoraQLinear, group_size=16, init="gaussian", progress=False)

@@ -165,7 +165,7 @@ def test_no_weight_is_copied():
     count = 0
     for layer in model.modules():
         if "_kept" in layer.__dict__:
-            codes, scales, nested, _ = layer._kept.packed
+            codes, scales, nested, *_ = layer._kept.packed
             assert codes.data_ptr() == layer.weight.data_ptr()
             assert scales.data_ptr() == layer.weight.quant_state.absmax.data_ptr()
             assert nested.nbytes <= layer.weight.nbytes / 64

@@ -17,7 +17,7 @@ from .integrations.peft_loftq import initialize_loftq
 from .integrations.peft_patch import patch, unpatch
 from .isa import available_isas, current_isa, use_isa
 from .linear import QLinear
-from .model_adapters import adapters
+from .model_adapters import adapters, scale_adapter
 from .multi_autograd import nf4_multi_lora_linear, segmented_lora
 from .nf4 import NF4Weight, quantize_nf4
 from .optim import PagedAdamW, PagedAdamW8bit
@@ -49,6 +49,7 @@ __all__ = [
     "quantize_nf4",
     "route",
     "save_adapter",
+    "scale_adapter",
     "segmented_lora",
     "unpatch",
     "unpatch_bitsandbytes",

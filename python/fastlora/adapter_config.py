@@ -36,10 +36,10 @@ def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def config_of(
-    model: nn.Module, layers: Mapping[str, Parts], stacks: Mapping[str, Parts] | None = None
+    names: Iterable[str], layers: Mapping[str, Parts], stacks: Mapping[str, Parts] | None = None
 ) -> dict[str, Any]:
     """Of the adapter that these layers hold, and `stacks`, experts' projections. Few keys, so that older
-    versions read it too."""
+    versions read it too. `names` are those of all the model's modules."""
     every = {**layers, **(stacks or {})}
     rslora = all(layer.use_rslora for layer in every.values())
     ranks = {name: layer.rank for name, layer in every.items()}
@@ -51,7 +51,7 @@ def config_of(
         "lora_alpha": alpha,
         "rank_pattern": {_pattern(name, every): r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {_pattern(name, every): a for name, a in alphas.items() if a != alpha},
-        "target_modules": _target_modules(model, layers),
+        "target_modules": _target_modules(names, layers),
         "use_rslora": rslora,
         **({"use_dora": True} if any(layer.magnitude is not None for layer in every.values()) else {}),
         # PEFT makes no experts' adapter with dropout, which it needs in training only.
@@ -76,10 +76,10 @@ def _alpha(layer: Parts, rslora: bool) -> float:
     return int(alpha) if alpha == int(alpha) else alpha
 
 
-def _target_modules(model: nn.Module, layers: Mapping[str, Parts]) -> list[str]:
+def _target_modules(names: Iterable[str], layers: Mapping[str, Parts]) -> list[str]:
     """Last names where they select exactly the adapted layers of that name, whole paths otherwise."""
     by_last_name: dict[str, list[str]] = {}
-    for name, _ in modules(model):
+    for name in names:
         by_last_name.setdefault(name.rpartition(".")[2], []).append(name)
     targets: list[str] = []
     for last in dict.fromkeys(name.rpartition(".")[2] for name in layers):
@@ -90,8 +90,8 @@ def _target_modules(model: nn.Module, layers: Mapping[str, Parts]) -> list[str]:
     return targets
 
 
-def guess_task(model: nn.Module) -> str | None:
-    name = type(model).__name__
+def guess_task(name: str) -> str | None:
+    """Of the name of a transformers class."""
     return next((task for ending, task in _TASK_BY_CLASS.items() if name.endswith(ending)), None)
 
 

@@ -65,10 +65,10 @@ def save_adapter(
             "save_adapter: expected DoRA in every adapted layer or in none, which is all that a file can "
             f"say, got it in {len(magnitudes)} of {len(parts) + len(stacks)}"
         )
-    config = config_of(model, parts, expert_files.parts(stacks))
+    config = config_of((at for at, _ in modules(model)), parts, expert_files.parts(stacks))
     if stacks:
         config["target_parameters"] = expert_files.targets(model, stacks)
-    config["task_type"] = task_type or guess_task(model)
+    config["task_type"] = task_type or guess_task(type(model).__name__)
     config["base_model_name_or_path"] = base_model or getattr(model, "name_or_path", None) or None
     came_in = {path: _file_dtype(layer, name) for path, layer in layers.items()}
     tensors = {
@@ -78,12 +78,7 @@ def save_adapter(
     }
     for key, p in expert_files.entries(stacks).items():
         tensors[key] = expert_files.flat(key, whole(p.detach()).to("cpu")).contiguous()
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    path = Path(directory)
-    path.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as replace:  # both files are complete and on disk before either is renamed
-        replace(WEIGHTS_NAME, lambda to: safetensors.torch.save_file(tensors, to, metadata={"format": "pt"}))
-        replace(CONFIG_NAME, lambda to: to.write_text(text, encoding="utf-8"))
+    write_files(Path(directory), config, tensors)
 
 
 def load_adapter(
@@ -107,10 +102,10 @@ def load_adapter(
     config says. The dropout of an adapter that was there stays as it is.
 
     Raises, with nothing changed: ValueError that lists what is missing, unexpected or of the wrong shape, for
-    a file that does not fit the model exactly, and for a kind of adapter other than plain LoRA, rsLoRA or,
-    into DoraQLinear, DoRA; RuntimeError for layers that are merged or on the meta device, for sharded ones
-    that have no adapter of the name and rank, and for kinds of layers that hold no such adapter;
-    FileNotFoundError.
+    a file that does not fit the model exactly, for a kind of adapter other than plain LoRA, rsLoRA or, into
+    DoraQLinear, DoRA, and into QALoraQLinear for a lora_A that is not constant over its groups; RuntimeError
+    for layers that are merged or on the meta device, for sharded ones that have no adapter of the name and
+    rank, and for kinds of layers that hold no such adapter; FileNotFoundError.
     """
     model = _unwrapped(model)
     path = Path(directory)
@@ -120,7 +115,7 @@ def load_adapter(
     tensors = safetensors.torch.load_file(path / WEIGHTS_NAME)
     layers = _adapted(model, name)
     stacks = expert_files.adapted(model) if name == DEFAULT else {}
-    held = {at: one.adapter(name) for at, one in layers.items()}
+    held = {at: one.exported(name) for at, one in layers.items()}
     if config["use_dora"] and not any(one.magnitude is not None for one in held.values()):
         raise ValueError(
             f"load_adapter: expected a plain LoRA adapter, got use_dora=True in {path / CONFIG_NAME}; "
@@ -145,14 +140,13 @@ def load_adapter(
             raise RuntimeError(
                 f"load_adapter: expected {state} layers, got {len(names)} that are not: {names[0]} ..."
             )
+    pairs = {at: _imported(at, layer, tensors) for at, layer in layers.items()}
     if apart:
         reshard(model)
     rslora, dropout = config["use_rslora"], float(config.get("lora_dropout") or 0.0)
     _load_experts(stacks, config, tensors)
     for at, layer in layers.items():
-        a, b, magnitude = (tensors.get(key) for key in _keys(at))
-        assert a is not None
-        assert b is not None
+        (a, b), magnitude = pairs[at], tensors.get(_keys(at)[2])
         alpha = pattern_value(config["alpha_pattern"], at, config["lora_alpha"])
         if name not in layer.adapter_names:
             layer.add_adapter(
@@ -235,6 +229,14 @@ def _in_file(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Named
     }
 
 
+def _imported(at: str, layer: NamedAdapters, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    a, b, _ = _keys(at)
+    try:
+        return layer.imported(tensors[a], tensors[b])
+    except ValueError as error:
+        raise ValueError(f"load_adapter: {at}: {error}") from None
+
+
 def _shapes(layers: Mapping[str, NamedAdapters], tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Those that a file with its own ranks should have."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -288,6 +290,18 @@ def _check_fit(expected: Mapping[str, Sequence[int]], tensors: Mapping[str, Tens
 
 
 # --- files ------------------------------------------------------------------------------------------------
+
+
+def write_files(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """An adapter's two files, into a folder that is made if need be."""
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    path.mkdir(parents=True, exist_ok=True)
+    with _replacing(path) as replace:  # both files are complete and on disk before either is renamed
+        replace(
+            WEIGHTS_NAME,
+            lambda to: safetensors.torch.save_file(dict(tensors), to, metadata={"format": "pt"}),
+        )
+        replace(CONFIG_NAME, lambda to: to.write_text(text, encoding="utf-8"))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import typer
 
 from .commands.bench import bench
 from .commands.estimate import estimate
+from .commands.extract import extract
 from .commands.info import info
 from .commands.merge import merge
 from .commands.quantize import quantize
@@ -16,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fused 4-bit NormalFloat layers with low-rank adapters.",
 )
-for command in (info, quantize, merge, estimate):
+for command in (info, quantize, merge, extract, estimate):
     app.command()(command)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 

@@ -20,6 +20,7 @@ from .huge_pages import frozen_bytes
 from .methods import initialisation
 from .nf4 import NF4Weight, quantize_nf4
 from .own_adapter import OwnAdapter
+from .rounding import Rounding, rounding
 from .sharded import cut_like, whole
 
 _BASE = ("weight", "weight_scales", "weight_nested", "weight_offsets")
@@ -278,32 +279,35 @@ class QLinear(OwnAdapter, nn.Linear):
         """Whether the adapter is folded into the weight."""
         return self._unmerged is not None
 
-    def merge(self) -> None:
+    @torch.no_grad()
+    def merge(self) -> Rounding | None:
         """Fold the active adapter into the weight for inference: W becomes NF4(W + scaling·lora_B·lora_A).
 
         This is lossy: the sum is quantised again, and an adapter's change is often smaller than the distance
         between two codes. To lose nothing, stay unmerged (the fused kernel makes the adapter nearly free), or
-        keep a dense copy, :meth:`merged_weight`.
+        keep a dense copy, :meth:`merged_weight`. What it cost is measured, and returned.
 
         The original bits are kept beside the merged ones until :meth:`unmerge` gives them back exactly.
         While merged, ``state_dict`` holds the original bits and the adapter, as if unmerged;
-        ``load_state_dict`` and ``train()`` unmerge first; a training forward is an error. No effect when
-        already merged, or at rank 0. Raises, changing nothing, ValueError if the sum holds NaN or Inf, and
-        RuntimeError for a sharded layer.
+        ``load_state_dict`` and ``train()`` unmerge first; a training forward is an error. No effect, and
+        None, when already merged, or at rank 0. Raises, changing nothing, ValueError if the sum holds NaN or
+        Inf, and RuntimeError for a sharded layer.
         """
         if self._unmerged is not None or self.active_adapter is None:
-            return
+            return None
         if self.sharded:
             raise RuntimeError("merge: expected a layer whose parameters are whole, got a sharded one")
-        merged = self.quantized_again()
+        base, wanted = self.dequantize(torch.float32), self.merged_weight()
+        merged = self.quantized_again(wanted)
         # The Parameters themselves are kept, not copies, so that layers that share a weight share it again.
         self._unmerged = tuple(getattr(self, name) for name in _BASE)
         self._set_base(merged)
+        return rounding("", base, wanted, merged.dequantize(torch.float32))
 
-    def quantized_again(self) -> NF4Weight:
-        """What :meth:`merge` puts in the weight's place. Offsets stay what they are."""
+    def quantized_again(self, dense: Tensor) -> NF4Weight:
+        """What :meth:`merge` puts in the weight's place for a dense (n, k). Offsets stay what they are."""
         return quantize_nf4(
-            self.merged_weight(),
+            dense,
             blocksize=self.blocksize,
             double_quant=self.double_quant,
             offsets=self.quantized_weight.offset_values,

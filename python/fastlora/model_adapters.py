@@ -1,7 +1,9 @@
-""":func:`adapters`: a whole model's batch in which every row, or every prompt, has its own adapter."""
+"""Adapters of a whole model: :func:`adapters`, a batch in which every row, or every prompt, has its own, and
+:func:`scale_adapter`."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from types import TracebackType
@@ -13,7 +15,7 @@ from .active import Batch, Place
 from .adapter_table import AdapterTable
 from .adapters_apart import ApartAdapters
 from .experts import QExperts
-from .named_adapters import NamedAdapters
+from .named_adapters import DEFAULT, NamedAdapters
 from .routing import Router
 
 
@@ -101,3 +103,50 @@ class adapters:
 
 def _layers(model: nn.Module) -> list[NamedAdapters]:
     return [m for m in model.modules() if isinstance(m, NamedAdapters) and m.adapter_names]
+
+
+def scale_adapter(model: nn.Module, name: str, factor: float) -> None:
+    """Let an adapter count `factor` times: its scaling becomes factor · alpha / rank (alpha / sqrt(rank) with
+    rsLoRA) in every layer that has it.
+
+    Args:
+        model: any module with QLinear layers, QExperts, or PEFT's LoRA layers.
+        name: the adapter's; "default" is the layers' own, and PEFT's first.
+        factor: 1 is what was trained, exactly, however often it was scaled before; 0 turns the adapter off;
+            negative ones take away what it adds.
+
+    The new scaling is in force at once, for training too, and is what :func:`fastlora.save_adapter` writes.
+    ``set_alpha`` and loading a file into the adapter set the factor back to 1.
+
+    Raises, with nothing changed, ValueError for a name that no layer has and a factor that is not finite,
+    RuntimeError for merged layers and inside a block of :func:`adapters`.
+    """
+    if not math.isfinite(factor):
+        raise ValueError(f"scale_adapter: expected a finite factor, got {factor}")
+    layers = [m for m in model.modules() if isinstance(m, NamedAdapters) and name in m.adapter_names]
+    experts = [m for m in model.modules() if isinstance(m, QExperts) and m.rank and name == DEFAULT]
+    pefts: list[Any] = [m for m in model.modules() if _is_pefts(m)]
+    theirs = [m for m in pefts if name in m.scaling]
+    if not (layers or experts or theirs):
+        known = {one for m in model.modules() if isinstance(m, NamedAdapters) for one in m.adapter_names}
+        known |= {one for m in pefts for one in m.scaling}
+        raise ValueError(
+            f"scale_adapter: expected the name of an adapter, got {name!r}; this model has {sorted(known)}"
+        )
+    for layer in layers:
+        layer._check_change("scale_adapter")
+    merged = sum(name in m.merged_adapters for m in theirs)
+    if merged:
+        raise RuntimeError(f"scale_adapter: expected unmerged layers, got {merged} that are merged")
+    for layer in layers:
+        layer.scale_adapter(name, factor)
+    for stack in experts:
+        stack.set_alpha(stack.alpha, stack.use_rslora)
+        stack.scaling *= factor
+    for other in theirs:
+        other.set_scale(name, factor)
+
+
+def _is_pefts(module: Any) -> bool:
+    """Whether it is a LoRA layer of PEFT's, over whatever."""
+    return hasattr(module, "set_scale") and hasattr(module, "merged_adapters")

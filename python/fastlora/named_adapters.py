@@ -234,6 +234,10 @@ class NamedAdapters(nn.Module):
         """Whether a file's values may become the adapter of this name."""
         return True
 
+    def imported(self, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+        """A file's A and B as an adapter's lora_A and lora_B. ValueError where they are none of this kind."""
+        return lora_a, lora_b
+
     def holder(self, name: str) -> Any:
         """The module that has an adapter's parameters and numbers as attributes: the layer, or an Adapter."""
         return self if name == DEFAULT else self.adapters[name]
@@ -243,6 +247,14 @@ class NamedAdapters(nn.Module):
         self.adapter(name)
         of = self.holder(name)
         of.set_alpha(alpha, use_rslora)
+
+    def scale_adapter(self, name: str, factor: float) -> None:
+        """As :func:`fastlora.scale_adapter`, of one layer."""
+        self._check_change("scale_adapter")
+        self.adapter(name)
+        of = self.holder(name)
+        of.set_alpha(of.alpha, of.use_rslora)
+        of.scaling *= factor
 
     # --- for fastlora.adapters ----------------------------------------------------------------------------
 

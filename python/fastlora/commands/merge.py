@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import safetensors.torch
+import torch
 import typer
 from safetensors import safe_open
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from .. import _C
 from ..adapter_config import CONFIG_NAME, pattern_value, read_config
 from ..adapter_files import _PREFIX, WEIGHTS_NAME
+from ..nf4 import quantize_nf4
 from .common import JsonOption, one_line_errors, print_json, stdout
 from .model_folder import ModelFolder
 from .shard_run import ShardRun, progress_bar
@@ -39,8 +41,9 @@ def merge(
     rsLoRA, ranks and alphas that differ by layer, and modules that were
     saved whole are understood. Memory holds one shard; a run that was
     killed goes on when the same command is given again. BASE is the dense
-    model, also of an adapter that was trained on its 4-bit form: adding to
-    4-bit weights would round the change away.
+    model, also of an adapter that was trained on its 4-bit form. Says what
+    storing the sum rounds away, in its dtype, and what NF4 would: from 1
+    times the change on, keep base and adapter apart.
 
     \\b
     Example:
@@ -60,6 +63,10 @@ def merge(
         stdout().print(
             f"largest relative change: {report['largest_change']:.2e}, {report['largest_change_at']}"
         )
+    for what, costs in (("as stored", report["roundings"]), ("in NF4", report["nf4_roundings"])):
+        if costs:
+            at = max(costs, key=costs.__getitem__)
+            stdout().print(f"largest rounding {what}: {costs[at]:.2e} of the change, {at}")
 
 
 def merge_folder(base: Path, adapter: Path, destination: Path) -> dict[str, Any]:
@@ -85,7 +92,8 @@ def merge_folder(base: Path, adapter: Path, destination: Path) -> dict[str, Any]
                 del tensors
                 advance(sizes[name])
         run.finish(folder.config, folder.others)
-    relative = {key: change for one in run.done.values() for key, change in one["note"].items()}
+    notes = {key: note for one in run.done.values() for key, note in one["note"].items()}
+    relative = {key: note["change"] for key, note in notes.items()}
     largest = max(relative, key=lambda key: relative[key], default=None)
     return {
         "base": str(base),
@@ -97,6 +105,8 @@ def merge_folder(base: Path, adapter: Path, destination: Path) -> dict[str, Any]
         "largest_change": None if largest is None else relative[largest],
         "largest_change_at": largest,
         "changes": relative,
+        "roundings": {key: note["rounding"] for key, note in notes.items() if "rounding" in note},
+        "nf4_roundings": {key: note["nf4_rounding"] for key, note in notes.items() if "rounding" in note},
     }
 
 
@@ -110,10 +120,11 @@ class Change(NamedTuple):
 
 def _merge_shard(
     file: Path, keys: list[str], changes: Mapping[str, Change], whole: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The file's tensors, and of those that an adapter changes ‖change‖ / ‖weight‖, in Frobenius' norm."""
+) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+    """The file's tensors, and of those that an adapter changes ‖change‖ / ‖weight‖, in Frobenius' norm, and
+    relative to the change what storing the sum rounds away, in its dtype and in NF4."""
     tensors: dict[str, Tensor] = {}
-    relative: dict[str, float] = {}
+    notes: dict[str, dict[str, float]] = {}
     with safe_open(file, framework="pt") as opened:
         for key in keys:
             tensors[key] = weight = opened.get_tensor(key)
@@ -121,15 +132,21 @@ def _merge_shard(
                 tensors[key] = whole[key].to(weight.dtype)
             if key in changes:
                 a, b, scaling = changes[key]
+                old = tensors[key].float()
                 change = (b.float() @ a.float()).mul_(scaling)
-                size = tensors[key].float().norm().item()
-                relative[key] = change.norm().item() / size if size else math.inf
-                tensors[key] = change.add_(tensors[key]).to(weight.dtype)
+                size, whole_size = change.norm().item(), old.norm().item()
+                notes[key] = {"change": size / whole_size if whole_size else math.inf}
+                wanted = change.add_(old)
+                tensors[key] = wanted.to(weight.dtype)
                 if not tensors[key].isfinite().all():
                     raise ValueError(
                         f"merge: expected a finite sum in {weight.dtype}, got Inf or NaN in {key}"
                     )
-    return tensors, relative
+                if size:
+                    stored, packed = tensors[key].float(), quantize_nf4(wanted).dequantize(torch.float32)
+                    notes[key]["rounding"] = (stored - wanted).norm().item() / size
+                    notes[key]["nf4_rounding"] = (packed - wanted).norm().item() / size
+    return tensors, notes
 
 
 def _read_adapter(path: Path, folder: ModelFolder) -> tuple[dict[str, Change], dict[str, Tensor]]:

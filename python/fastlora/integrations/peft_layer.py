@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..linear import QLinear, _applied
 from ..nf4 import NF4Weight, quantize_nf4
+from ..rounding import Rounding, rounding
 from .peft_forward import FusedForward
 
 _PARTS = ("weight", "weight_scales", "weight_nested", "weight_offsets", "bias")
@@ -133,10 +134,12 @@ class LoraQLinear(FusedForward, FusedLoraLayer, Linear):  # "Linear": peft goes 
 
     # --- merging ------------------------------------------------------------------------------------------
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(  # type: ignore[override]
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> Rounding | None:
         """Fold adapters into the weight, by default the active ones: W becomes NF4(W + their changes). This
         is lossy (see :meth:`QLinear.merge`). With several at once or one after the other, the sum is
-        quantised once.
+        quantised once. Returns what it cost, of all that is merged now; None if there was nothing to merge.
 
         safe_merge makes no difference: that the sum is finite is checked always, since NF4 has no NaN.
         Raises, changing nothing, ValueError if it is not, RuntimeError for a bias with no base bias to add
@@ -144,7 +147,7 @@ class LoraQLinear(FusedForward, FusedLoraLayer, Linear):  # "Linear": peft goes 
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) or () if name in self.lora_A]
         if not names:
-            return
+            return None
         base = self.qlinear
         original = self._original or tuple(getattr(base, part) for part in _PARTS)
         with torch.no_grad():
@@ -167,6 +170,18 @@ class LoraQLinear(FusedForward, FusedLoraLayer, Linear):  # "Linear": peft goes 
         if bias is not None:
             base.bias = nn.Parameter(bias.to(base.bias.dtype), requires_grad=base.bias.requires_grad)
         self.merged_adapters += names
+        return rounding("", _dequantized(base, original), dense, merged.dequantize(torch.float32))
+
+    @torch.no_grad()
+    def merged_parts(self) -> tuple[Tensor, Tensor | None]:
+        """The float32 weight with the active adapters in it, unquantised, and the bias; of a merged layer
+        what is in force."""
+        base = self.qlinear
+        if self.merged:
+            return base.dequantize(torch.float32), base.bias
+        names = [] if self.disable_adapters else [n for n in self.active_adapters if n in self.lora_A]
+        dense, bias = self._folded([getattr(base, part) for part in _PARTS], names)
+        return dense, base.bias if bias is None else bias
 
     def _folded(self, original: Sequence[Any], names: list[str]) -> tuple[Tensor, Tensor | None]:
         """The float32 weight with these adapters in it, and the bias where it changes."""

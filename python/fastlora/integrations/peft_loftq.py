@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..dense_weights import DenseWeights
 from ..methods.loftq import loftq
 
 _PREFIX = "base_model.model."
@@ -58,7 +57,7 @@ def initialize_loftq(
         raise RuntimeError(
             f"initialize_loftq: expected unmerged layers, got {len(merged)} that are not: {merged[0]} ..."
         )
-    weights = _Weights(dense)
+    weights = DenseWeights(dense)
     wrong = [
         f"{name}.weight: expected {(layer.out_features, layer.in_features)}, got {shape or 'none'}"
         for name, layer in layers.items()
@@ -85,35 +84,3 @@ def _initialize(layer: Any, weight: Tensor, name: str, iterations: int) -> None:
         base._set_base(quantized)
     layer.lora_A[name].weight.copy_(a)
     layer.lora_B[name].weight.copy_(b)
-
-
-class _Weights:
-    """Dense weights by name, wherever they are."""
-
-    def __init__(self, source: nn.Module | Mapping[str, Tensor] | str | os.PathLike[str]) -> None:
-        self._tensors: Mapping[str, Tensor] = {}
-        self._files: dict[str, Path] = {}
-        if isinstance(source, nn.Module):
-            self._tensors = source.state_dict()
-        elif isinstance(source, Mapping):
-            self._tensors = source
-        else:
-            path = Path(source)
-            files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-            for file in files:
-                with safe_open(file, framework="pt") as opened:
-                    self._files |= dict.fromkeys(opened.keys(), file)
-
-    def shape(self, key: str) -> tuple[int, ...] | None:
-        if key in self._tensors:
-            return tuple(self._tensors[key].shape)
-        if key not in self._files:
-            return None
-        with safe_open(self._files[key], framework="pt") as opened:
-            return tuple(opened.get_slice(key).get_shape())
-
-    def __getitem__(self, key: str) -> Tensor:
-        if key in self._tensors:
-            return self._tensors[key]
-        with safe_open(self._files[key], framework="pt") as opened:
-            return opened.get_tensor(key)

@@ -1,4 +1,4 @@
-"""Adapters put together, folded in, and taken out of weights.
+"""Adapters put together, and folded into weights.
 
     linear   A = Σ ±√|w·s|·A_i,  B = Σ √|w·s|·B_i    of one rank: cheap, and not the sum of the changes
     cat      A = [w·s·A_i],  B = [B_i]               exactly the sum of the changes Σ w·s·B_i·A_i
@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..linear import QLinear
+from ..rounding import Rounding
 from .low_rank import balanced, truncated_svd, widened
 from .modulora import ModuLinear
 
@@ -128,24 +130,29 @@ def add_merged_adapter(
 
 
 @torch.no_grad()
-def to_linear(layer: QLinear | ModuLinear, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
-    """A dense layer with the active adapter in its weight: no rounding but the last, to `dtype`."""
-    bias = layer.bias
+def to_linear(layer: Any, dtype: torch.dtype = torch.bfloat16) -> nn.Linear:
+    """A dense layer of a QLinear or ModuLinear with its active adapter, or of PEFT's layer over a QLinear
+    with its active ones, in the weight: no rounding but the last, to `dtype`."""
+    weight, bias = layer.merged_parts() if _is_pefts(layer) else (layer.merged_weight(), layer.bias)
     linear = nn.Linear(layer.in_features, layer.out_features, bias is not None, device="meta", dtype=dtype)
-    linear.weight = nn.Parameter(layer.merged_weight().to(dtype), requires_grad=False)
+    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().to(dtype).clone(), requires_grad=False)
     return linear.train(layer.training)
 
 
 def make_dense(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Swap every QLinear and ModuLinear in `model` for :func:`to_linear` of it, one at a time and under all
-    its names; how many. ValueError if `model` is such a layer itself."""
-    if isinstance(model, (QLinear, ModuLinear)):
+    """Swap every QLinear and ModuLinear in `model`, and PEFT's layers over the first, for :func:`to_linear`
+    of it, one at a time and under all its names; how many. ValueError if `model` is such a layer itself.
+
+    What is left of a PEFT model after that is unwrapped by its ``unload()``.
+    """
+    if isinstance(model, (QLinear, ModuLinear)) or _is_pefts(model):
         raise ValueError("make_dense: expected a module that holds layers, got a layer; use to_linear")
-    names: dict[QLinear | ModuLinear, list[str]] = {}
+    names: dict[Any, list[str]] = {}
+    inside = {id(m.qlinear) for m in model.modules() if _is_pefts(m)}
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (QLinear, ModuLinear)):
+        if _is_pefts(module) or (isinstance(module, (QLinear, ModuLinear)) and id(module) not in inside):
             names.setdefault(module, []).append(name)
     count = len(names)
     while names:
@@ -158,64 +165,28 @@ def make_dense(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> int:
     return count
 
 
-@dataclass(frozen=True)
-class Rounding:
-    """What merging a layer into NF4 cost. Norms are Frobenius's."""
-
-    name: str
-    of_weight: float  # |NF4(W') - W'| / |W'|, W' being W with the adapter in it
-    of_change: float  # |NF4(W') - W'| / |W' - W|: from 1 on, the rounding is larger than what was learnt
-
-
-@torch.no_grad()
 def merge_into_nf4(model: nn.Module) -> list[Rounding]:
-    """:meth:`QLinear.merge` of every layer with an active adapter, and what it cost each of them. The layers'
-    ``unmerge`` gives the original bits back.
+    """``merge`` of every QLinear with an active adapter, and of PEFT's LoRA layers over QLinear, and what it
+    cost each of them. Their ``unmerge`` gives the original bits back.
 
     Raises RuntimeError, with nothing changed, where layers are merged already or sharded.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, QLinear) and m.active_adapter}
-    not_ready = [name for name, layer in layers.items() if layer.merged or layer.sharded]
+    layers: dict[str, Any] = {}
+    for name, m in model.named_modules():
+        if (isinstance(m, QLinear) and m.active_adapter) or _is_pefts(m):
+            layers[name] = m
+    not_ready = [
+        name for name, layer in layers.items() if layer.merged or getattr(layer, "qlinear", layer).sharded
+    ]
     if not_ready:
         raise RuntimeError(
             "merge_into_nf4: expected unmerged layers whose parameters are whole, got "
             f"{len(not_ready)} that are not: {not_ready[0]} ..."
         )
-    report = []
-    for name, layer in layers.items():
-        want = layer.merged_weight()
-        change = (want - layer.dequantize(torch.float32)).norm()
-        layer.merge()
-        off = (layer.dequantize(torch.float32) - want).norm()
-        report.append(Rounding(name, _ratio(off, want.norm()), _ratio(off, change)))
-    return report
+    costs = {name: layer.merge() for name, layer in layers.items()}
+    return [replace(cost, name=name) for name, cost in costs.items() if cost is not None]
 
 
-def _ratio(a: Tensor, b: Tensor) -> float:
-    return 0.0 if not a else math.inf if not b else (a / b).item()
-
-
-# --- taking out -------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def extract_adapter(
-    base: Tensor, tuned: Tensor, rank: int, *, scaling: float = 1.0, niter: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """A (rank, k) and B (n, rank), float32, with scaling·B·A nearest to tuned - base, both (n, k).
-
-    niter: as for :func:`fastlora.methods.low_rank.truncated_svd`. ``layer.set_adapter_values(a, b)`` puts
-    them into a layer, ``tuned`` being a dense checkpoint's weight and ``base`` its original's. Raises
-    ValueError for shapes, rank and scaling.
-    """
-    if base.dim() != 2 or base.shape != tuned.shape:
-        raise ValueError(
-            f"extract_adapter: expected two matrices of one shape, got {tuple(base.shape)} and "
-            f"{tuple(tuned.shape)}"
-        )
-    if rank < 1 or not scaling:
-        raise ValueError(
-            f"extract_adapter: expected rank >= 1 and a scaling other than 0, got {rank} and {scaling}"
-        )
-    a, b = balanced(*truncated_svd(tuned.float() - base.float(), rank, niter))
-    return widened(a, b / scaling, rank)
+def _is_pefts(module: Any) -> bool:
+    """Whether it is PEFT's layer over a QLinear (without an import of PEFT)."""
+    return isinstance(getattr(module, "qlinear", None), QLinear)

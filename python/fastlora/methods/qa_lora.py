@@ -17,8 +17,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..named_adapters import DEFAULT
 from .reparametrised import Reparametrised
 
 
@@ -28,7 +30,7 @@ class QALoraQLinear(Reparametrised):
     Arguments as for :class:`QLinear`, and group_size: g, which divides in_features. Made also by
     ``QALoraQLinear.from_linear`` and by ``convert(model, layer_class=QALoraQLinear)``, both with a
     `group_size` too. It starts equal to its base; ``init`` is "default" or "gaussian". Files hold A' and B as
-    plain LoRA. Raises ValueError for a group size that does not divide in_features.
+    plain LoRA, and are read back. Raises ValueError for a group size that does not divide in_features.
     """
 
     def __init__(
@@ -50,6 +52,19 @@ class QALoraQLinear(Reparametrised):
         assert self.lora_A is not None
         assert self.lora_B is not None
         return self.lora_A.repeat_interleave(self.group_size, 1) / self.group_size, self.lora_B
+
+    def can_load(self, name: str) -> bool:
+        return name == DEFAULT
+
+    def imported(self, lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+        """A of an A' = repeat(A, g) / g, which is what files of these layers hold: exactly where g is a power
+        of two, else rounded once. ValueError for another A'."""
+        groups = lora_a.unflatten(1, (-1, self.group_size))
+        if not torch.equal(groups, groups[..., :1].expand_as(groups)):
+            raise ValueError(
+                f"expected a lora_A that is constant over each group of {self.group_size} inputs, got another"
+            )
+        return groups[..., 0] * self.group_size, lora_b
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group_size={self.group_size}"

@@ -15,7 +15,8 @@ from .one_adapter import OneAdapter
 class Reparametrised(OneAdapter):
     """A layer whose low-rank term is scaling·x·Aᵀ·Bᵀ with the pair that :meth:`pair_in_force` computes.
 
-    Files hold that pair, as plain LoRA, which loads anywhere but here: what learns is in ``state_dict``.
+    Files hold that pair, as plain LoRA; what learns is in ``state_dict``. A file is read back only where a
+    class says how (:meth:`can_load`, :meth:`imported`).
     """
 
     def pair_in_force(self) -> tuple[Tensor, Tensor]:
