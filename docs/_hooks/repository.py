@@ -1,9 +1,9 @@
 """What the site shows of the repository outside docs/.
 
-Pages link to the repository's files as they do on GitHub, by relative paths (`../csrc/README.md`). Each such file
-becomes a page of the site under source/ (Markdown as it is, anything else as code, images as themselves), and so
-does what those pages link to in turn; links are bent to them. Fences that open with "python run" are Python to
-the highlighter.
+Pages link to the repository's files as they do on GitHub, by relative paths (`../csrc/README.md`). Each
+such file becomes a page of the site under source/ (Markdown as it is, anything else as code, images as
+themselves), and so does what those pages link to in turn; links are bent to them. Fences that open with
+"python run" are Python to the highlighter.
 """
 
 from __future__ import annotations
