@@ -6,6 +6,7 @@ import subprocess
 import sys
 import types
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,6 +140,38 @@ def test_bench_gives_its_arguments_and_exit_code_on(monkeypatch):
     assert result.exit_code == 3
     assert seen == [[sys.executable, str(bench.suite()), "--suite", "linear", "--quick"]]
     assert bench.suite().parts[-2:] == ("bench", "run.py")
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_bench_as_json_is_one_object_on_stdout(monkeypatch, code):
+    def ran(command, check, stdout):
+        assert command[2:5] == ["--suite", "linear", "--json"]
+        assert stdout == subprocess.DEVNULL
+        Path(command[5]).write_text('{"about": {}, "absent": {}, "rows": []}\n')
+        return types.SimpleNamespace(returncode=code)
+
+    monkeypatch.setattr(bench.subprocess, "run", ran)
+    result = runner.invoke(cli.app, ["bench", "--suite", "linear", "--json"])
+    assert result.exit_code == code  # what was measured before something failed is there too
+    assert json.loads(result.stdout) == {"about": {}, "absent": {}, "rows": []}
+
+
+def test_bench_as_json_with_a_wrong_argument(capfd):
+    result = runner.invoke(cli.app, ["bench", "--suite", "none", "--json"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "expected some of" in capfd.readouterr().err
+
+
+def test_the_suites_own_json_takes_a_file(monkeypatch):
+    seen = []
+
+    def ran(command, check):
+        seen.append(command)
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(bench.subprocess, "run", ran)
+    run("bench", "--quick", "--", "--json", "rows.json")
+    assert seen[0][2:] == ["--quick", "--json", "rows.json"]
 
 
 def test_bench_without_a_checkout(monkeypatch, tmp_path):

@@ -87,6 +87,7 @@ def test_one_version_everywhere() -> None:
     assert cmake is not None
     assert version[1] == cmake[1] == fastlora.__version__
     assert f"({version[1]})" in text_of("CHANGELOG.md")
+    assert f"\nversion: {version[1]}\n" in text_of("CITATION.cff")
 
 
 def test_pins_agree() -> None:
