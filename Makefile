@@ -5,13 +5,14 @@ ARGS ?=
 CUDA_ARCHS ?= 90a
 WHEEL_ARCHS ?=
 OUT ?= gpu_check
+TORCH ?= 2.9.1
 
 BIN := $(VENV)/bin
 # What tests and benchmarks need beside the package: the emulated device, the machine's roofs, one CUDA architecture.
 DEVELOPER := $(foreach it,FASTLORA_BENCH=ON FASTLORA_EMULATOR=ON FASTLORA_CUDA_ARCHS=$(CUDA_ARCHS),--config-settings=cmake.define.$(it))
 CPP := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := CMakeLists.txt pyproject.toml $(CPP)
-LINTED := python tests bench examples
+LINTED := python tests bench examples docs/_hooks
 
 # Every pip call sees the tested versions, those of isolated builds included (newer pips read the second name
 # for them), so that nothing can pull another torch than the pinned one.
@@ -27,10 +28,10 @@ export CCACHE_BASEDIR := $(CURDIR)
 export CCACHE_NOHASHDIR := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint format sanitize bench build clean cuda-check cuda-model gpu-check
+.PHONY: help venv demo test lint format sanitize bench docs wheel wheel-check build clean cuda-check cuda-model gpu-check
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 	@echo "  Variables: PYTHON=python3 (3.10 or newer), VENV=.venv, ARGS='...' (passed to demo, test and bench)"
 
 # --- the environment: tools and torch once, the package again whenever a source changes ---------------------
@@ -82,6 +83,11 @@ sanitize: $(VENV)/.tools ## the kernels under AddressSanitizer and UBSan
 bench: $(VENV)/.package ## measure this machine; writes bench/results/
 	$(BIN)/python bench/run.py --save bench/results $(ARGS)
 
+# The pages' links, and that all are in the nav, are checked: --strict. The package is read, not imported.
+docs: $(VENV)/.tools ## the documentation site, into build/site
+	@$(BIN)/python -m pip install --quiet mkdocs-material 'mkdocstrings[python]' ruff
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # nvcc is found on PATH, in CUDA_HOME or among PyPI's wheels; without one there is nothing to check.
 cuda-check: $(VENV)/.package ## what nvcc made of every CUDA kernel: spills, registers, instructions
 	@$(BIN)/python -m pip install --quiet nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
@@ -94,9 +100,15 @@ cuda-model: $(VENV)/.package ## what the CUDA kernels should take on four device
 gpu-check: ## build, test, sanitize and measure the CUDA kernels on this machine's GPU; results into OUT
 	PYTHON=$(PYTHON) bench/gpu_check.sh $(OUT)
 
-build: $(VENV)/.tools ## an isolated build of the wheel into dist/; WHEEL_ARCHS=90a for one architecture
+wheel: $(VENV)/.tools ## an isolated build of the wheel into dist/; WHEEL_ARCHS=90a for one architecture
 	@# The same cmake as for the package, so that the compiler is called alike and its cache serves both.
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist $(WHEEL_ARCHS:%=--config-settings=cmake.define.FASTLORA_CUDA_ARCHS=%) .
+
+build: wheel
+
+# Every torch of the range that pyproject.toml states must do: _C takes addresses and links no torch.
+wheel-check: ## install the wheel of dist/ beside TORCH=2.9.1 in an environment of its own, and run the tests there
+	PYTHON=$(PYTHON) tests/wheel_check.sh $(TORCH) $(ARGS)
 
 clean: ## remove what the targets above made, the environment included
 	rm -rf $(VENV) build dist demo_out .pytest_cache .mypy_cache .ruff_cache .hypothesis

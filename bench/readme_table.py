@@ -1,24 +1,27 @@
-"""Write README's table from bench/results/<machine>.csv.
+"""Write the tables of README.md and docs/performance.md from bench/results/<machine>.csv.
 
-    python bench/readme_table.py                # again, from the machine named in README's marker
-    python bench/readme_table.py MACHINE        # from another one's results ("none": no table)
-    python bench/readme_table.py --check        # exit code 1 if README differs from the results
+    python bench/readme_table.py                # again, each from the machine named in its marker
+    python bench/readme_table.py MACHINE        # README's from another one's results ("none": no table)
+    python bench/readme_table.py --check        # exit code 1 if a page differs from the results
 
-The results of `make bench` come first; README's table is their first shape, dtype and rank.
+The results of `make bench` come first; a table is of their first shape, dtype and rank.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 from _results import BITSANDBYTES, DENSE, OURS, Row, read_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"<!-- bench: (?P<machine>\S+) -->\n.*?<!-- /bench -->", re.DOTALL)
-SHOWN = {  # op to the rows of x that README shows of it
+PAGES = ("README.md", "docs/performance.md")
+SHOWN = {  # op to the rows of x that a table shows of it
     "forward": (1, 4, 16, 64, 128, 1024),
     "dx": (16, 128, 1024),
     "training step": (16, 128, 1024, 4096),
@@ -50,8 +53,9 @@ def _ratio(other: Row | None, ours: Row) -> str:
     return f"**{other.p50_us / ours.p50_us:.1f}x**"
 
 
-def table(machine: str) -> str:
-    """The Markdown of the first layer in the results at the run's own level: some ops and numbers of rows."""
+def table(machine: str, folder: str = ".") -> str:
+    """The Markdown of the first layer in the results at the run's own level: some ops and numbers of rows.
+    folder: that of the page, as seen from the repository's root."""
     results = read_csv(ROOT / "bench" / "results" / f"{machine}.csv")
     about = results.about
     rows = [row for row in results.rows if row.op in SHOWN and row.level == about["level"]]
@@ -92,7 +96,7 @@ def table(machine: str) -> str:
         f"relative distance to float64 arithmetic on the same stored weight. Rounding the weight to NF4 "
         f"costs both 4-bit layers {quantised.total_error:.1e}, in {dense_mib / quantised.weight_mib:.1f} "
         f"times less memory than {first.dtype}. "
-        f"Everything measured, and the targets: [{page}]({page}).",
+        f"Everything measured, and the targets: [{page}]({os.path.relpath(page, folder)}).",
     ]
     return "\n".join(out)
 
@@ -104,23 +108,29 @@ def main() -> int:
     parser.add_argument("machine", nargs="?", help="a file name in bench/results/, without its ending")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    marker = BLOCK.search(text)
-    if marker is None:
-        print(
-            "README.md: expected a <!-- bench: MACHINE --> ... <!-- /bench --> block, found none",
-            file=sys.stderr,
-        )
-        return 1
-    machine = options.machine or marker["machine"]
-    body = "" if machine == "none" else table(machine) + "\n"
-    block = f"<!-- bench: {machine} -->\n{body}<!-- /bench -->"
-    fresh = text[: marker.start()] + block + text[marker.end() :]
-    if options.check:
-        return 0 if fresh == text else 1
-    readme.write_text(fresh)
-    return 0
+    stale = []
+    for name in PAGES:
+        page = ROOT / name
+        text = page.read_text()
+        if not BLOCK.search(text):
+            print(
+                f"{name}: expected a <!-- bench: MACHINE --> ... <!-- /bench --> block, found none",
+                file=sys.stderr,
+            )
+            return 1
+        other = options.machine if name == "README.md" else None
+        fresh = BLOCK.sub(partial(_block, os.path.dirname(name) or ".", other), text)
+        if fresh != text:
+            stale.append(name)
+            if not options.check:
+                page.write_text(fresh)
+    return 1 if options.check and stale else 0
+
+
+def _block(folder: str, other: str | None, found: re.Match[str]) -> str:
+    machine = other or found["machine"]
+    body = "" if machine == "none" else table(machine, folder) + "\n"
+    return f"<!-- bench: {machine} -->\n{body}<!-- /bench -->"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """python -m fastlora: info, bench, and what all commands have."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 import types
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from typer.testing import CliRunner
 
 import fastlora
 from fastlora import _C, cli, info
-from fastlora.commands import bench
+from fastlora.commands import bench, common
 
 runner = CliRunner()
 
@@ -118,6 +120,14 @@ def test_help_has_examples(command):
     assert f"  fastlora {command} " in text.partition("Example")[2]
 
 
+def test_json_is_json(capsys):
+    common.print_json({"changes": {"a": math.inf, "b": 0.5}, "rows": [math.nan, (1, "inf")]})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "changes": {"a": None, "b": 0.5},
+        "rows": [None, [1, "inf"]],
+    }
+
+
 def test_an_unknown_option_is_code_2():
     result = runner.invoke(cli.app, ["merge", "a", "b", "c", "--fast"])
     assert result.exit_code == 2
@@ -127,6 +137,15 @@ def test_an_unknown_option_is_code_2():
 # --- bench ------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def checkout():
+    try:
+        bench.suite()
+    except FileNotFoundError:
+        pytest.skip("fastlora is installed, not imported from a checkout: the suites are not beside it")
+
+
+@pytest.mark.usefixtures("checkout")
 def test_bench_gives_its_arguments_and_exit_code_on(monkeypatch):
     seen = []
 
@@ -139,6 +158,41 @@ def test_bench_gives_its_arguments_and_exit_code_on(monkeypatch):
     assert result.exit_code == 3
     assert seen == [[sys.executable, str(bench.suite()), "--suite", "linear", "--quick"]]
     assert bench.suite().parts[-2:] == ("bench", "run.py")
+
+
+@pytest.mark.usefixtures("checkout")
+@pytest.mark.parametrize("code", [0, 1])
+def test_bench_as_json_is_one_object_on_stdout(monkeypatch, code):
+    def ran(command, check, stdout):
+        assert command[2:5] == ["--suite", "linear", "--json"]
+        assert stdout == subprocess.DEVNULL
+        Path(command[5]).write_text('{"about": {}, "absent": {}, "rows": []}\n')
+        return types.SimpleNamespace(returncode=code)
+
+    monkeypatch.setattr(bench.subprocess, "run", ran)
+    result = runner.invoke(cli.app, ["bench", "--suite", "linear", "--json"])
+    assert result.exit_code == code  # what was measured before something failed is there too
+    assert json.loads(result.stdout) == {"about": {}, "absent": {}, "rows": []}
+
+
+@pytest.mark.usefixtures("checkout")
+def test_bench_as_json_with_a_wrong_argument(capfd):
+    result = runner.invoke(cli.app, ["bench", "--suite", "none", "--json"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "expected some of" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("checkout")
+def test_the_suites_own_json_takes_a_file(monkeypatch):
+    seen = []
+
+    def ran(command, check):
+        seen.append(command)
+        return types.SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(bench.subprocess, "run", ran)
+    run("bench", "--quick", "--", "--json", "rows.json")
+    assert seen[0][2:] == ["--quick", "--json", "rows.json"]
 
 
 def test_bench_without_a_checkout(monkeypatch, tmp_path):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
+pytest.importorskip("fastlora._emulator", reason="this build holds no emulator")
+
 import _cuda_model as model
 import _cuda_tables
 import cuda_model
-import pytest
 
 
 def test_docs_show_what_the_model_gives() -> None:

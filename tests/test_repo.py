@@ -50,13 +50,34 @@ def test_every_op_is_on_the_map() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize(
-    "name", ["README.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/*.md"))]
-)
+PAGES = sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_links_lead_somewhere(name: str) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", text_of(name)):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text_of(name)):
         if not target.startswith("http"):
             assert ((ROOT / name).parent / target).exists(), target
+
+
+def test_every_page_is_in_the_sites_nav() -> None:
+    nav = re.search(r"^nav:\n((?: .*\n)+)", text_of("mkdocs.yml"), re.MULTILINE)
+    assert nav is not None
+    listed = re.findall(r"[\w/]+\.md", nav[1])
+    assert len(listed) == len(set(listed))
+    assert {f"docs/{page}" for page in listed} == {name for name in PAGES if name.startswith("docs/")}
+
+
+def test_the_api_pages_have_every_public_name() -> None:
+    pages = "".join(text_of(name) for name in PAGES if name.startswith("docs/api/"))
+    shown = set(re.findall(r"^::: ([\w.]+)$", pages, re.MULTILINE))
+    names = {name for name in fastlora.__all__ if not name.startswith("__")} | {"FastLoraConfig"}
+    assert not names - {name.rpartition(".")[2] for name in shown}
+    text = "".join(text_of(name) for name in PAGES)
+    imported = set(re.findall(r"from (fastlora\.integrations\.\w+) import", text))
+    assert imported  # which makes them public
+    assert not imported - shown
+    assert "fastlora.methods" in shown  # its modules come by themselves
 
 
 def test_one_version_everywhere() -> None:
@@ -66,6 +87,7 @@ def test_one_version_everywhere() -> None:
     assert cmake is not None
     assert version[1] == cmake[1] == fastlora.__version__
     assert f"({version[1]})" in text_of("CHANGELOG.md")
+    assert f"\nversion: {version[1]}\n" in text_of("CITATION.cff")
 
 
 def test_pins_agree() -> None:
