@@ -199,6 +199,8 @@ class QLinear(NamedAdapters, nn.Linear):
             self.weight_scales.copy_(cut_like(self.weight_scales, quantized.scales))
             if self.weight_nested is not None and quantized.nested is not None:
                 self.weight_nested.copy_(cut_like(self.weight_nested, quantized.nested))
+            if self.weight_offsets is not None:
+                self.weight_offsets.zero_()
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_features)
             nn.init.uniform_(self.bias, -bound, bound)
@@ -407,6 +409,11 @@ class QLinear(NamedAdapters, nn.Linear):
         )
 
     def _takes_offsets(self, offsets: Tensor, error_msgs: list[str]) -> bool:
+        if self.sharded:
+            error_msgs.append(
+                "QLinear: expected no weight_offsets for a sharded layer that has none, got some"
+            )
+            return False
         groups = checks.group_count(offsets)
         if offsets.shape == (self.out_features, 4 * groups) and groups and not self.in_features % groups:
             return True
