@@ -326,9 +326,9 @@ def _weights(model: nn.Module) -> tuple[int, int]:
     for module in model.modules():
         if isinstance(module, QLinear):
             elements[_identity(module.weight)] = module.out_features * module.in_features
-            for scales in (module.weight_scales, module.weight_nested):
-                if scales is not None:
-                    elements[_identity(scales)] = 0
+            for beside in (module.weight_scales, module.weight_nested, module.weight_offsets):
+                if beside is not None:
+                    elements[_identity(beside)] = 0
         if isinstance(module, QExperts):
             elements |= {_identity(p): weights for p, weights in module.stored()}
     parameters = _once(model.parameters())

@@ -8,7 +8,7 @@ cast floating tensors only, so the bits stay what quantisation made them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -402,26 +402,29 @@ class QLinear(NamedAdapters, nn.Linear):
                 return
         self.unmerge()
         offsets = state_dict.get(prefix + "weight_offsets")
-        if offsets is not None and self.weight_offsets is None and self._takes_offsets(offsets, error_msgs):
-            self.weight_offsets = frozen_bytes(offsets.shape, self.weight.device)
+        if offsets is not None and self.weight_offsets is None:
+            try:
+                self.make_room_for_offsets(offsets.shape)
+            except (ValueError, RuntimeError) as error:
+                error_msgs.append(str(error))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _takes_offsets(self, offsets: Tensor, error_msgs: list[str]) -> bool:
+    def make_room_for_offsets(self, shape: Sequence[int]) -> None:
+        """Give the layer a parameter ``weight_offsets``, uninitialised, to be loaded into. Raises ValueError
+        for a shape other than (n, 4 * groups), RuntimeError on a sharded layer."""
         if self.sharded:
-            error_msgs.append(
+            raise RuntimeError(
                 "QLinear: expected no weight_offsets for a sharded layer that has none, got some"
             )
-            return False
-        groups = checks.group_count(offsets)
-        if offsets.shape == (self.out_features, 4 * groups) and groups and not self.in_features % groups:
-            return True
-        error_msgs.append(
-            f"QLinear: expected weight_offsets of shape ({self.out_features}, 4 * groups), groups a divisor "
-            f"of {self.in_features}, got {tuple(offsets.shape)}"
-        )
-        return False
+        groups = shape[-1] // 4 if len(shape) == 2 else 0
+        if tuple(shape) != (self.out_features, 4 * groups) or not groups or self.in_features % groups:
+            raise ValueError(
+                f"QLinear: expected weight_offsets of shape ({self.out_features}, 4 * groups), groups a "
+                f"divisor of {self.in_features}, got {tuple(shape)}"
+            )
+        self.weight_offsets = frozen_bytes(shape, self.weight.device)
 
     def extra_repr(self) -> str:
         adapter = (
