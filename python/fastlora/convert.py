@@ -43,6 +43,7 @@ def convert(
     use_rslora: bool = False,
     adapter_dtype: torch.dtype | None = None,
     init: str = "default",
+    calibrate: str | None = None,
     layer_class: type[QLinear] = QLinear,
     expert_rank: int | None = None,
     progress: bool = True,
@@ -59,6 +60,8 @@ def convert(
         skip_modules: names of modules to leave dense, with all they contain; they need not occur.
         rank, alpha, dropout, blocksize, double_quant, use_rslora, adapter_dtype: as for :class:`QLinear`.
         init: how linear layers' adapters start, as for :meth:`QLinear.from_linear`; experts' by default.
+        calibrate: how linear layers' bases are quantised, as for :meth:`QLinear.from_linear`; experts' are as
+            by default.
         layer_class: what linear layers become: QLinear or a kind of it, as `fastlora.methods` has them.
         expert_rank: that of each single expert, by default `rank`; 0 leaves the experts without adapters,
             which are most of a model's where there are many experts.
@@ -75,7 +78,8 @@ def convert(
     QLinear layers and QExperts that are there already are left alone, adapters and all, so that a second call
     can give other layers another rank.
 
-    Raises ValueError when a name or the expression matches nothing, or nothing could be converted; and, with
+    Raises ValueError when a name or the expression matches nothing, nothing could be converted, or a layer's
+    in_features are no whole blocks, which `calibrate` needs; and, with
     the layers before it converted by then, for a weight that holds NaN or Inf, which it names.
     """
     if isinstance(model, nn.Linear):
@@ -97,9 +101,13 @@ def convert(
     if not (isinstance(layer_class, type) and issubclass(layer_class, QLinear)):
         raise TypeError(f"convert: expected layer_class QLinear or a kind of it, got {layer_class!r}")
     initialisation.check_init("convert", init, rank, alpha)
+    initialisation.check_calibrate("convert", calibrate, 0, blocksize)
     report = ConversionReport(bytes_before=_bytes(model))
     names = _names(model)
     groups = _plan(model, names, target_modules, skip_modules, report.skipped)
+    for module in (m for group in groups for m in group if isinstance(m, nn.Linear)):
+        where = f"convert: {names[id(module)][0]}"
+        initialisation.check_calibrate(where, calibrate, module.in_features, blocksize)
     count = sum(len(group) for group in groups)
     with tqdm(total=count, desc="quantising", unit="layer", disable=not progress) as bar:
         for group in groups:
@@ -113,7 +121,11 @@ def convert(
                     if isinstance(dense, nn.Linear):
                         again = first is not None and initialisation.reads_weight(init)
                         layer = layer_class.from_linear(
-                            dense, **options, **kind, init="default" if again else init
+                            dense,
+                            **options,
+                            **kind,
+                            init="default" if again else init,
+                            calibrate=calibrate if first is None else None,
                         )
                     else:
                         layer = stacked.from_module(dense, **options | {"rank": expert_rank})
