@@ -78,8 +78,8 @@ def convert(
     QLinear layers and QExperts that are there already are left alone, adapters and all, so that a second call
     can give other layers another rank.
 
-    Raises ValueError when a name or the expression matches nothing, nothing could be converted, or a layer's
-    in_features are no whole blocks, which `calibrate` needs; and, with
+    Raises ValueError when a name or the expression matches nothing, when nothing could be converted, and when
+    a layer's in_features are no whole blocks, as `calibrate` needs them; and, with
     the layers before it converted by then, for a weight that holds NaN or Inf, which it names.
     """
     if isinstance(model, nn.Linear):

@@ -7,8 +7,7 @@
 exactly, and runs as that; with dropout, which is of what A alone sees, in two terms. Where r divides k and n,
 as it should, pool is the means of r groups of k/r inputs, and lift repeats each of them n/r times.
 
-With a base of `calibrate="icq"` (`icq.py`) it is IR-QLoRA. Groups are of neighbours, as in the authors' code;
-the paper's formula, read to the letter, averages every gcd-th.
+With a base of `calibrate="icq"` (`icq.py`) it is IR-QLoRA. Groups are of neighbours, as in the authors' code.
 
 Qin et al., "Accurate LoRA-Finetuning Quantization of LLMs via Information Retention" (IR-QLoRA), 2024.
 """
