@@ -39,8 +39,15 @@ def entropy(weight, tau, blocksize):
     return -(p * p.clamp(min=1e-300).log2()).sum(1)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("blocksize", "skew"), [(32, True), (64, True), (64, False), (128, True)])
+@pytest.mark.parametrize(
+    ("dtype", "blocksize", "skew"),
+    [
+        (torch.float32, 64, False),
+        (torch.float32, 32, True),
+        (torch.bfloat16, 64, True),
+        (torch.float16, 128, True),
+    ],
+)
 def test_the_search_finds_what_quantising_for_every_candidate_finds(dtype, blocksize, skew):
     weight = draw(8, 256, dtype, skew)
     found = icq_offsets(weight, blocksize=blocksize)
