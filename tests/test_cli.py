@@ -117,6 +117,7 @@ def test_the_list_of_commands():
 @pytest.mark.parametrize("command", ["quantize", "merge", "estimate", "bench"])
 def test_help_has_examples(command):
     text = run(command, "--help")
+    assert "\\b" not in text  # click's mark for lines to be left as they are
     assert f"  fastlora {command} " in text.partition("Example")[2]
 
 
