@@ -75,7 +75,7 @@ CHECKED := 'emulator_tests linear' 'emulator_tests wide' 'kernel_tests linear' '
   'emulator_tests segmented' 'emulator_tests emulator kernels adamw slab' 'kernel_tests numeric format adamw lora_dropout concurrency refusals'
 sanitize: $(VENV)/.tools ## the kernels under AddressSanitizer and UBSan
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
-	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO='-O1 -g -DNDEBUG' -DFASTLORA_PYTHON=OFF -DFASTLORA_TESTS=ON -DFASTLORA_SANITIZE=address,undefined
+	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO='-O1 -g1 -DNDEBUG' -DFASTLORA_PYTHON=OFF -DFASTLORA_TESTS=ON -DFASTLORA_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitize
 	@# A process for each group of checks, as many at a time as there are cores, the longest first.
 	export ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1; \
