@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.fsdp
+from needs import fsdp_of_bytes, fsdp_on_cpus
 from torch import nn
 
 peft = pytest.importorskip("peft", minversion="0.20", reason="PEFT is what these layers belong to")
@@ -407,7 +408,10 @@ def test_hooks_are_called(where, x):
     assert layer.unfused() is None
 
 
-@pytest.mark.parametrize("leaves", [True, False])
+@pytest.mark.parametrize(
+    "leaves",
+    [pytest.param(True, marks=fsdp_on_cpus), pytest.param(False, marks=fsdp_of_bytes)],
+)
 def test_sharded_by_fsdp(leaves, tmp_path, x):
     """Leaf by leaf the modules have to be called, to be gathered; as a layer it is whole inside its call."""
     dist = torch.distributed
