@@ -24,5 +24,7 @@ def skip_before(version: str, why: str) -> None:
 
 PATCHING = ("2.9", "it has torch.library.get_kernel")
 patches_bitsandbytes = needs_torch(*PATCHING)
+traces_peft = needs_torch("2.9", "it traces the context managers of PeftModel.forward")
+traces_bitsandbytes = needs_torch("2.9", "it traces Params4bit")
 fsdp_of_bytes = needs_torch("2.12", "its fully_shard takes uint8 parameters")
 fsdp_on_cpus = needs_torch("2.9", "its fully_shard works on CPUs")

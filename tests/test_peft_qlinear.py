@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.fsdp
-from needs import fsdp_of_bytes, fsdp_on_cpus
+from needs import fsdp_of_bytes, fsdp_on_cpus, traces_peft
 from torch import nn
 
 peft = pytest.importorskip("peft", minversion="0.20", reason="PEFT is what these layers belong to")
@@ -745,7 +745,7 @@ def test_scaling_can_be_changed(x):
     assert_close(ours(x), theirs(x))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=traces_peft)])
 def test_hotswap(tmp_path, x, compiled):
     """Prepared for a compiled model, ranks are padded and scalings are tensors."""
     for name, kwargs in (("one", {}), ("two", {"r": 2, "lora_alpha": 9})):
@@ -763,6 +763,7 @@ def test_hotswap(tmp_path, x, compiled):
         assert_close(call(x), wants[1])
 
 
+@traces_peft
 def test_compiles_into_one_graph(x):
     ours, _ = twins(config(), config(r=7))
     want = ours(x)
