@@ -70,15 +70,16 @@ format: $(VENV)/.package ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff format $(LINTED)
 	$(BIN)/clang-format -i $(CPP)
 
-# The kernel library and its C++ test program; no Python in the process. Leaks count as errors.
+# The kernel library and its C++ test programs; no Python in the process. Leaks count as errors.
+CHECKED := 'emulator_tests linear' 'emulator_tests wide' 'kernel_tests linear' 'kernel_tests segmented' 'kernel_tests scratch' \
+  'emulator_tests segmented' 'emulator_tests emulator kernels adamw slab' 'kernel_tests numeric format adamw lora_dropout concurrency refusals'
 sanitize: $(VENV)/.tools ## the kernels under AddressSanitizer and UBSan
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) \
 	  -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO='-O1 -g -DNDEBUG' -DFASTLORA_PYTHON=OFF -DFASTLORA_TESTS=ON -DFASTLORA_SANITIZE=address,undefined
 	$(BIN)/cmake --build build/sanitize
-	@# Both programs at once: each runs on one core for a minute or two.
+	@# A process for each group of checks, as many at a time as there are cores, the longest first.
 	export ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1; \
-	  build/sanitize/emulator_tests & emulated=$$!; build/sanitize/kernel_tests; kernels=$$?; \
-	  wait $$emulated && exit $$kernels
+	  printf 'build/sanitize/%s\n' $(CHECKED) | xargs -P "$$(nproc)" -L 1 sh -c '"$$0" "$$@"'
 
 bench: $(VENV)/.package ## measure this machine; writes bench/results/
 	$(BIN)/python bench/run.py --save bench/results $(ARGS)

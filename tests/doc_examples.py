@@ -42,7 +42,7 @@ def examples(page: Path) -> list[Example]:
 
 def pages() -> list[Path]:
     """Those of docs/ with runnable examples."""
-    return [page for page in sorted((ROOT / "docs").glob("*.md")) if examples(page)]
+    return [page for page in sorted((ROOT / "docs").glob("**/*.md")) if examples(page)]
 
 
 def missing(page: Path) -> list[str]:

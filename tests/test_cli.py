@@ -110,13 +110,14 @@ def test_the_exports_are_there():
 
 def test_the_list_of_commands():
     text = run("--help")
-    for command in ("info", "quantize", "merge", "estimate", "bench"):
+    for command in ("info", "quantize", "merge", "extract", "estimate", "bench"):
         assert f" {command} " in text
 
 
-@pytest.mark.parametrize("command", ["quantize", "merge", "estimate", "bench"])
+@pytest.mark.parametrize("command", ["quantize", "merge", "extract", "estimate", "bench"])
 def test_help_has_examples(command):
     text = run(command, "--help")
+    assert "\\b" not in text  # click's mark for lines to be left as they are
     assert f"  fastlora {command} " in text.partition("Example")[2]
 
 

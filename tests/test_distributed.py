@@ -103,6 +103,49 @@ def test_shards_learn_what_one_process_learns(world, by_layer, reshard, micro, w
     world.run(fsdp, by_layer, reshard, micro, waits, param_dtype, tolerance)
 
 
+def net_with_offsets():
+    model = net()
+    for layer in layers(model):
+        values = 0.01 * torch.randn(layer.out_features, 7)
+        layer._set_base(layer.quantized_weight.with_offsets(values))
+    return model
+
+
+def offsets(rank):
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        set_model_state_dict,
+    )
+
+    size = distributed.get_world_size()
+    reference = net_with_offsets()
+    want = train_alone(reference, size)
+    model = shard(net_with_offsets())
+    assert model.head.weight_offsets.to_local().shape[0] < 33
+    losses = train_together(model, rank, size)
+    parity(model, reference, losses, want, 1e-5)
+    everything = StateDictOptions(full_state_dict=True)
+    full = get_model_state_dict(model, options=everything)
+    assert torch.equal(full["head.weight_offsets"], reference.head.weight_offsets)
+    with pytest.raises(RuntimeError, match="expected no weight_offsets for a sharded layer that has none"):
+        shard(net()).load_state_dict(full)
+    other = net_with_offsets()
+    for layer in layers(other):
+        layer.weight_offsets.data.zero_()
+    other = shard(other)
+    set_model_state_dict(other, full, options=everything)
+    with torch.no_grad():
+        torch.testing.assert_close(other(batch(9, 0)), reference(batch(9, 0)), rtol=1e-3, atol=1e-3)
+    for layer in layers(other):
+        layer.reset_parameters()
+        assert not whole(layer.weight_offsets).any()
+
+
+def test_offsets_are_sharded_by_rows(world):
+    world.run(offsets)
+
+
 def checkpointed(rank):
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 

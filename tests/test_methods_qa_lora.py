@@ -1,13 +1,16 @@
 """QA-LoRA: the pooled input, and the plain LoRA that it is."""
 
+import copy
+
 import pytest
 import torch
 from tolerances import TOLERANCES, relative_error
 from torch import nn
 
 import fastlora
-from fastlora import QLinear
-from fastlora.methods.qa_lora import QALoraQLinear
+from fastlora import QLinear, quantize_nf4
+from fastlora.methods import merging
+from fastlora.methods.qa_lora import QALoraQLinear, fold
 from fastlora.methods.reparametrised import make_plain
 
 K, N, R, G = 96, 40, 4, 32
@@ -209,6 +212,149 @@ def test_convert():
     fastlora.convert(net, rank=R, layer_class=QALoraQLinear, group_size=16, init="gaussian", progress=False)
     assert [layer.lora_A.shape[1] for layer in net] == [4, 6]
     assert all(layer.lora_A.requires_grad for layer in net)
+
+
+# --- merging ----------------------------------------------------------------------------------------------
+
+PARTS = ("weight", "weight_scales", "weight_nested", "weight_offsets")
+
+
+def parts(layer):
+    return [getattr(layer, name) for name in PARTS]
+
+
+def with_offsets(layer, groups):
+    """Gives a layer a base that has offsets already."""
+    values = 0.05 * torch.randn(N, groups, generator=torch.Generator().manual_seed(5))
+    layer._set_base(quantize_nf4(layer.dequantize(), offsets=values))
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("groups", [0, 1, 2, 4, K], ids="base of {} groups".format)
+def test_merging_rounds_nothing_but_the_sum(dtype, groups):
+    layer = trained() if not groups else with_offsets(trained(), groups)
+    layer.eval()
+    exact = layer.dequantize(torch.float32).double()
+    a, b = layer.pair_in_force()
+    exact += layer.scaling * b.detach().double() @ a.detach().double()
+    before, unmerged = parts(layer), layer.merged_weight()
+    xs = [torch.randn(rows, K, dtype=dtype) for rows in (1, 3, 8, 64)]
+    ys = [layer(x) for x in xs]
+    layer.merge()
+    assert layer.merged
+    assert layer.weight_offsets.shape == (N, 4 * {0: 3, 1: 3, 2: 6, 4: 12, K: K}[groups])
+    for was, now in zip(before[:3], parts(layer)[:3], strict=True):
+        assert torch.equal(was, now)
+    assert relative_error(layer.merged_weight(), exact) < 1e-7
+    torch.testing.assert_close(layer.merged_weight(), unmerged, rtol=1e-6, atol=1e-7)
+    tolerance = 2 * TOLERANCES[dtype].frobenius
+    for x, y in zip(xs, ys, strict=True):
+        want = x.double() @ exact.T + layer.bias.double()
+        assert layer(x).dtype == dtype
+        assert relative_error(layer(x), want) < tolerance
+        assert relative_error(y, want) < tolerance
+    layer.unmerge()
+    assert all(was is now for was, now in zip(before, parts(layer), strict=True))
+    assert torch.equal(layer(xs[1]), ys[1])
+
+
+def test_a_merged_layer_saves_its_original_bits():
+    layer = trained().eval()
+    state = copy.deepcopy(layer.state_dict())
+    x = torch.randn(3, K)
+    want = layer(x)
+    layer.merge()
+    assert layer.state_dict().keys() == state.keys()
+    for name, t in layer.state_dict().items():
+        assert torch.equal(t, state[name]), name
+    merged = layer(x)
+    torch.testing.assert_close(merged, want, rtol=1e-5, atol=1e-5)
+    for other in (copy.deepcopy(layer), layer.half()):
+        assert torch.equal(other(x), merged) or other is layer
+        other.unmerge()
+        assert other.weight_offsets is None
+    layer.float().merge()
+    layer.load_state_dict(state)
+    assert not layer.merged
+    assert torch.equal(layer.train()(x), want)
+
+
+def test_merging_a_model_costs_no_rounding():
+    net = nn.Sequential(trained())
+    (rounding,) = merging.merge_into_nf4(net)
+    assert rounding.of_weight < 1e-7
+    assert rounding.of_change < 1e-6
+    (plain,) = merging.merge_into_nf4(nn.Sequential(trained().plain()))
+    assert plain.of_weight > 0.01  # as any other merging does
+
+
+def test_a_merged_layer_with_nothing_to_merge():
+    layer = QALoraQLinear(K, N, rank=0)
+    layer.merge()
+    assert not layer.merged
+    assert layer.weight_offsets is None
+    layer = trained()
+    layer.set_adapter(None)
+    layer.merge()
+    assert not layer.merged
+    assert layer.folded().weight_offsets is None
+
+
+@pytest.mark.parametrize("groups", [0, 2])
+def test_folding_for_good(tmp_path, groups):
+    layer = trained().eval() if not groups else with_offsets(trained(), groups).eval()
+    layer.bias.requires_grad_(False)
+    x = torch.randn(5, K)
+    layer.merge()
+    want = layer(x)
+    layer.unmerge()
+    shared = nn.Sequential(layer)
+    shared.again = layer
+    assert fold(shared) == 1
+    folded = shared[0]
+    assert type(folded) is QLinear
+    assert shared.again is folded
+    assert (folded.rank, folded.training) == (0, False)
+    for name in ("weight", "weight_scales", "weight_nested", "bias"):
+        assert getattr(folded, name) is getattr(layer, name)
+    assert torch.equal(folded(x), want)
+    assert f"offset_groups={6 if groups else 3}" in repr(folded)
+
+    torch.save(folded.state_dict(), tmp_path / "folded")
+    fresh = QLinear(K, N, rank=0).eval()
+    fresh.load_state_dict(torch.load(tmp_path / "folded"))
+    assert torch.equal(fresh(x), want)
+    nn.init.normal_(fresh.add_adapter("next", rank=2, alpha=2).lora_B)
+    fresh.set_adapter("next")
+    adapter = fresh.adapter("next")
+    change = x @ adapter.lora_A.T @ adapter.lora_B.T
+    torch.testing.assert_close(fresh(x), want + change, rtol=1e-4, atol=1e-4)
+
+    again = QALoraQLinear(K, N, rank=R)  # and so on: another adapter of group means
+    again.share_base(folded)
+    again.bias = folded.bias
+    nn.init.normal_(again.lora_B)
+    y = again.eval()(x)
+    torch.testing.assert_close(again.folded()(x), y, rtol=1e-4, atol=1e-4)
+
+
+def test_what_merging_refuses():
+    layer = trained()
+    with torch.no_grad():
+        layer.lora_B[0, 0] = torch.inf
+    for call in (layer.merge, layer.folded):
+        with pytest.raises(ValueError, match="merge: expected a finite adapter, got one whose product holds"):
+            call()
+    assert not layer.merged
+    layer = trained()
+    layer.merge()
+    with pytest.raises(RuntimeError, match="folded: expected an unmerged layer, got a merged one"):
+        layer.folded()
+    with pytest.raises(RuntimeError, match="folded: expected an unmerged layer, got a merged one"):
+        fold(nn.Sequential(layer))
+    with pytest.raises(ValueError, match="fold: expected a module that holds layers, got a layer; call its"):
+        fold(layer)
 
 
 def test_what_is_refused():

@@ -690,3 +690,12 @@ def test_calls_that_are_refused():
     ):
         with pytest.raises(RuntimeError, match=f"{op}: expected a layer with plain LoRA, got ModuLinear"):
             call()
+
+
+def test_a_calibration_is_the_quantizers_own():
+    model = nn.Sequential(nn.Linear(64, 64))
+    with pytest.raises(
+        ValueError, match="expected calibrate with QLinear or a kind of it, got 'icq' with ModuLin"
+    ):
+        fastlora.convert(model, layer_class=ModuLinear, quantizer=Int8(), calibrate="icq", progress=False)
+    assert type(model[0]) is nn.Linear

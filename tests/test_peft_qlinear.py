@@ -118,6 +118,73 @@ def x():
     return torch.randn(3, 5, K, generator=torch.Generator().manual_seed(2))
 
 
+def offset_bases():
+    """bases() whose packed weights have offsets."""
+    ours, dense = bases()
+    for name, layer in ours.named_modules():
+        if isinstance(layer, QLinear):
+            values = 0.1 * torch.randn(layer.out_features, 4)
+            layer._set_base(layer.quantized_weight.with_offsets(values))
+            dense.get_submodule(name).weight.data.copy_(layer.dequantize())
+    return ours, dense
+
+
+def test_a_base_with_offsets(x):
+    ours, theirs = twins(pair=offset_bases())
+    (y, grads), (want, expected) = grads_of(ours, x), grads_of(theirs, x)
+    assert_close(y, want)
+    assert len(grads) == 7  # of x, and of two matrices a layer
+    for name, grad in grads.items():
+        assert_close(grad, expected[name])
+    before = bits(ours)
+    assert any("weight_offsets" in name for name in before)
+    held = {name: layer.qlinear.weight_offsets for name, layer in layers(ours).items()}
+    ours.merge_adapter()
+    for name, layer in layers(ours).items():
+        assert torch.equal(layer.qlinear.weight_offsets, held[name])  # the sum is quantised about them
+        dense = theirs.get_submodule(name)
+        merged = dense.base_layer.weight + dense.get_delta_weight("default")
+        assert layer.qlinear.quantized_weight == quantize_nf4(
+            merged, offsets=layer.qlinear.quantized_weight.offset_values
+        )
+    ours.unmerge_adapter()
+    assert same(bits(ours), before)
+    assert all(layer.qlinear.weight_offsets is held[name] for name, layer in layers(ours).items())
+    assert_close(ours(x), want)
+
+
+def test_pissa_on_a_base_with_offsets(x):
+    ours, dense = offset_bases()
+    held = {
+        name: m.quantized_weight.offset_values for name, m in ours.named_modules() if name in ("up", "down")
+    }
+    want = dense(x)
+    model = get_peft_model(ours, config(init_lora_weights="pissa", lora_alpha=R)).eval()
+    for name, layer in layers(model.base_model.model).items():
+        if name in held:
+            assert torch.equal(layer.qlinear.quantized_weight.offset_values, held[name])
+    assert (model(x) - want).norm() < 0.2 * want.norm()
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_loftq_on_a_calibrated_base(iterations):
+    """The alternations quantise about the offsets that ICQ has found."""
+    torch.manual_seed(0)
+    dense = Net().eval()
+    ours = copy.deepcopy(dense)
+    fastlora.convert(ours, rank=0, blocksize=32, calibrate="icq", progress=False)
+    calibrated = {name: m.quantized_weight for name, m in ours.named_modules() if isinstance(m, QLinear)}
+    model = get_peft_model(ours, config())
+    fastlora.initialize_loftq(model, dense, iterations=iterations)
+    for name, layer in layers(model.base_model.model).items():
+        base = layer.qlinear.quantized_weight
+        assert torch.equal(base.offsets, calibrated[name].offsets)
+        assert (base == calibrated[name]) == (iterations == 1)
+        want = dense.get_submodule(name).weight
+        start = base.dequantize() + layer.get_delta_weight("default")
+        assert (start - want).norm() < 0.97 * (calibrated[name].dequantize() - want).norm()
+
+
 # --- which layer -----------------------------------------------------------------------------------------
 
 

@@ -110,3 +110,17 @@ def test_readme_table_is_what_was_measured() -> None:
     command = [sys.executable, str(ROOT / "bench" / "readme_table.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"run python bench/readme_table.py\n{done.stderr}"
+
+
+def test_sanitize_runs_every_group_of_checks() -> None:
+    run = re.search(r"^CHECKED := ((?:.*\\\n)*.*)$", text_of("Makefile"), re.MULTILINE)
+    assert run is not None
+    listed = {
+        (words[0], name) for words in map(str.split, re.findall(r"'(.+?)'", run[1])) for name in words[1:]
+    }
+    there = {
+        (program, name)
+        for program, source in (("kernel_tests", "kernel_tests"), ("emulator_tests", "emulator_main"))
+        for name in re.findall(r'\{"(\w+)", test_\w+\}', text_of(f"csrc/tests/{source}.cpp"))
+    }
+    assert listed == there

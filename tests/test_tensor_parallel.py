@@ -107,7 +107,7 @@ def test_a_split_block_learns_what_a_whole_one_learns(world, options):
 # --- one layer, of many sizes -----------------------------------------------------------------------------
 
 
-def one_layer(rank, style, n, k, options):
+def one_layer(rank, style, n, k, options, groups=0):
     from torch.distributed.tensor import Replicate
 
     from fastlora.integrations import tensor_parallel as ours
@@ -117,6 +117,9 @@ def one_layer(rank, style, n, k, options):
     reference = fastlora.QLinear(k, n, **options)
     if reference.lora_B is not None:
         nn.init.normal_(reference.lora_B, std=0.1)
+    if groups:
+        values = 0.1 * torch.randn(n, groups)
+        reference._set_base(reference.quantized_weight.with_offsets(values))
     layer = copy.deepcopy(reference)
     plan = getattr(ours, style)(input_layouts=Replicate(), output_layouts=Replicate())
     parallel.parallelize_module(layer, mesh(), plan)
@@ -127,7 +130,10 @@ def one_layer(rank, style, n, k, options):
     assert (nested is not None) == (style == "ColwiseQLinear" and (n, k) == (768, 1024))  # else decoded
     packed = layer.weight.to_local()
     rows, columns = (packed.shape[0], k) if style == "ColwiseQLinear" else (n, 2 * packed.shape[1])
-    part = fastlora.NF4Weight(packed, scales, nested, (rows, columns), torch.float32, layer.blocksize)
+    offsets = layer.weight_offsets.to_local() if groups else None
+    part = fastlora.NF4Weight(
+        packed, scales, nested, (rows, columns), torch.float32, layer.blocksize, offsets
+    )
     size = distributed.get_world_size()
     dense = reference.dequantize(torch.float32)
     assert torch.equal(part.dequantize(), dense.chunk(size, 0 if columns == k else 1)[rank])
@@ -167,6 +173,14 @@ def test_parts_are_exact(world, style, n, k, options):
     if (n, k) == (4, 33):
         n = 64 * world.size  # an odd k: whole blocks of rows only
     world.run(one_layer, style, n, k, options)
+
+
+@pytest.mark.parametrize(
+    ("style", "n", "k", "groups"),
+    [("ColwiseQLinear", 49, 64, 1), ("ColwiseQLinear", 50, 384, 6), ("RowwiseQLinear", 49, 384, 12)],
+)
+def test_parts_of_a_weight_with_offsets_are_exact(world, style, n, k, groups):
+    world.run(one_layer, style, n, k, {}, groups)
 
 
 def layouts(rank):
@@ -379,6 +393,10 @@ def refusals(rank):
     merged = fastlora.QLinear(128, 128).eval()
     merged.merge()
     refused(merged, RowwiseQLinear(), RuntimeError, "expected a whole, unmerged layer, got a merged one")
+    coarse = fastlora.QLinear(64 * size, 4)
+    coarse._set_base(coarse.quantized_weight.with_offsets(torch.ones(4, 1)))
+    few = f"RowwiseQLinear: expected offsets of groups of columns that {size} ranks can share, got 1 a row"
+    refused(coarse, RowwiseQLinear(), ValueError, few)
     layer = parallel.parallelize_module(fastlora.QLinear(128, 12), mesh(), ColwiseQLinear())
     with pytest.raises(RuntimeError, match="expected a whole, unmerged layer, got a sharded one"):
         ColwiseQLinear()._apply(layer, mesh())

@@ -79,6 +79,42 @@ def test_formats(dense: dict[str, str], tmp_path: Path, blocksize: int, double_q
     same_bits(load(tmp_path), model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_offsets_are_saved_and_loaded(dense: dict[str, str], tmp_path: Path, dtype: torch.dtype) -> None:
+    model = load(dense["llama"], dtype=dtype, quantization_config=FastLoraConfig(rank=2))
+    bare = 0
+    for name, layer in layers(model).items():
+        if "k_proj" in name:
+            bare += 1  # has none
+            continue
+        values = 0.01 * torch.randn(layer.out_features, layer.in_features // 32)
+        layer._set_base(layer.quantized_weight.with_offsets(values))
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    loaded = load(tmp_path, dtype=dtype)
+    same_bits(loaded, model)
+    assert sum(layer.weight_offsets is None for layer in layers(loaded).values()) == bare == 2
+    packed = sum(layer.quantized_weight.nbytes for layer in layers(model).values())
+    assert sum(layer.quantized_weight.nbytes for layer in layers(loaded).values()) == packed
+    assert loaded.hf_quantizer.report.total == load(dense["llama"]).num_parameters() + sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
+
+
+def test_offsets_that_do_not_fit(dense: dict[str, str], tmp_path: Path) -> None:
+    model = load(dense["llama"], quantization_config=FastLoraConfig())
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    key = "model.layers.1.mlp.up_proj.weight"
+    tensors[f"{key}_offsets"] = torch.zeros(128, 12, dtype=torch.uint8)
+    safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    wrong = (
+        "QLinear: expected weight_offsets of shape (128, 4 * groups), groups a divisor of 64, got (128, 12)"
+    )
+    with pytest.raises(ValueError, match=re.escape(f"FastLoraConfig: {key}: {wrong}")):
+        load(tmp_path)
+
+
 def test_no_more_than_one_dense_weight_is_held(
     dense: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,4 +67,21 @@ int finish() {
   return failures == 0 ? 0 : 1;
 }
 
+int run_groups(int argc, char** argv, const Group* groups, int count) {
+  const auto find = [&](const char* name) {
+    for (int i = 0; i < count; ++i) {
+      if (strcmp(groups[i].name, name) == 0) return groups + i;
+    }
+    fprintf(stderr, "expected groups of checks among");
+    for (int i = 0; i < count; ++i) fprintf(stderr, " %s", groups[i].name);
+    fprintf(stderr, ", got %s\n", name);
+    exit(2);
+  };
+  for (int i = 1; i < argc; ++i) find(argv[i]);
+  for (int i = 1; i < argc; ++i) find(argv[i])->run();
+  for (int i = 0; i < count && argc < 2; ++i) groups[i].run();
+  for (int i = 1; i < argc; ++i) fprintf(stderr, "%s ", argv[i]);
+  return finish();
+}
+
 }  // namespace fastlora::testing

@@ -18,6 +18,13 @@ void install_fault_report();
 // Prints the totals; the exit code.
 int finish();
 
+// A program's groups of checks: all of them, or those that its arguments name. The exit code.
+struct Group {
+  const char* name;
+  void (*run)();
+};
+int run_groups(int argc, char** argv, const Group* groups, int count);
+
 // xorshift128+ (Vigna, 2014), so that a failure reproduces on every machine.
 class Rng {
  public:

@@ -13,8 +13,8 @@ _T = TypeVar("_T")
 @dataclass(frozen=True)
 class ConvertedLayer:
     """One layer that became a QLinear, or one projection of experts that became QExperts, whose sizes and
-    rank are those of each of `experts`. Bytes are its weight's: dense before, codes and scales after; what it
-    shares with an earlier layer counts there only."""
+    rank are those of each of `experts`. Bytes are its weight's: dense before, codes, scales and offsets
+    after; what it shares with an earlier layer counts there only."""
 
     name: str
     out_features: int

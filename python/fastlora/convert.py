@@ -45,6 +45,7 @@ def convert(
     use_rslora: bool = False,
     adapter_dtype: torch.dtype | None = None,
     init: str = "default",
+    calibrate: str | None = None,
     layer_class: type[QLinear] | type[ModuLinear] = QLinear,
     expert_rank: int | None = None,
     progress: bool = True,
@@ -61,6 +62,8 @@ def convert(
         skip_modules: names of modules to leave dense, with all they contain; they need not occur.
         rank, alpha, dropout, blocksize, double_quant, use_rslora, adapter_dtype: as for :class:`QLinear`.
         init: how linear layers' adapters start, as for :meth:`QLinear.from_linear`; experts' by default.
+        calibrate: how linear layers' bases are quantised, as for :meth:`QLinear.from_linear`; experts' are as
+            by default.
         layer_class: what linear layers become: QLinear or a kind of it, as `fastlora.methods` has them; or
             ModuLinear, whose `quantizer` stands for blocksize and double_quant. Experts are NF4 always.
         expert_rank: that of each single expert, by default `rank`; 0 leaves the experts without adapters,
@@ -78,7 +81,8 @@ def convert(
     QLinear layers and QExperts that are there already are left alone, adapters and all, so that a second call
     can give other layers another rank.
 
-    Raises ValueError when a name or the expression matches nothing, or nothing could be converted; and, with
+    Raises ValueError when a name or the expression matches nothing, when nothing could be converted, and when
+    a layer's in_features are no whole blocks, as `calibrate` needs them; and, with
     the layers before it converted by then, for a weight that holds NaN or Inf, which it names.
     """
     if isinstance(model, nn.Linear):
@@ -104,9 +108,19 @@ def convert(
     initialisation.check_init("convert", init, rank, alpha)
     unused = () if issubclass(layer_class, QLinear) else ("blocksize", "double_quant")
     linear_options = {key: value for key, value in options.items() if key not in unused} | kind
+    initialisation.check_calibrate("convert", calibrate, 0, blocksize)
+    if calibrate is not None and not issubclass(layer_class, QLinear):
+        raise ValueError(
+            f"convert: expected calibrate with QLinear or a kind of it, got {calibrate!r} with "
+            f"{layer_class.__name__}, whose quantizer sees to it"
+        )
+    calibrated: dict[str, Any] = {} if calibrate is None else {"calibrate": calibrate}
     report = ConversionReport(bytes_before=_bytes(model))
     names = _names(model)
     groups = _plan(model, names, target_modules, skip_modules, report.skipped)
+    for module in (m for group in groups for m in group if isinstance(m, nn.Linear)):
+        where = f"convert: {names[id(module)][0]}"
+        initialisation.check_calibrate(where, calibrate, module.in_features, blocksize)
     count = sum(len(group) for group in groups)
     with tqdm(total=count, desc="quantising", unit="layer", disable=not progress) as bar:
         for group in groups:
@@ -120,7 +134,10 @@ def convert(
                     if isinstance(dense, nn.Linear):
                         again = first is not None and initialisation.reads_weight(init)
                         layer = layer_class.from_linear(
-                            dense, **linear_options, init="default" if again else init
+                            dense,
+                            **linear_options,
+                            init="default" if again else init,
+                            **(calibrated if first is None else {}),
                         )
                     else:
                         layer = stacked.from_module(dense, **options | {"rank": expert_rank})
@@ -333,9 +350,9 @@ def _weights(model: nn.Module) -> tuple[int, int]:
     for module in model.modules():
         if isinstance(module, QLinear):
             elements[_identity(module.weight)] = module.out_features * module.in_features
-            for scales in (module.weight_scales, module.weight_nested):
-                if scales is not None:
-                    elements[_identity(scales)] = 0
+            for beside in (module.weight_scales, module.weight_nested, module.weight_offsets):
+                if beside is not None:
+                    elements[_identity(beside)] = 0
         if isinstance(module, (QExperts, ModuLinear)):
             elements |= {_identity(p): weights for p, weights in module.stored()}
     parameters = _once(model.parameters())

@@ -45,10 +45,10 @@ def extract(
     and the adapter. What changed beside linear layers (norms, biases,
     embeddings) is listed: no adapter holds it.
 
-    \\b
+    \b
     Examples:
       fastlora extract path/to/model path/to/tuned path/to/adapter
-      fastlora extract path/to/model path/to/tuned out --rank 32 --target q_proj --target v_proj
+      fastlora extract path/to/model path/to/tuned out --target q_proj
     """
     from ..methods.extraction import extract_adapter
 

@@ -45,7 +45,7 @@ def merge(
     storing the sum rounds away, in its dtype, and what NF4 would: from 1
     times the change on, keep base and adapter apart.
 
-    \\b
+    \b
     Example:
       fastlora merge path/to/model path/to/adapter path/to/merged
     """

@@ -43,7 +43,7 @@ def quantize(
     FastLoraConfig, tensor for tensor, and loads wherever fastlora is
     imported. Needs transformers 5.23 or newer.
 
-    \\b
+    \b
     Examples:
       fastlora quantize path/to/model path/to/model-nf4
       fastlora quantize path/to/model out --blocksize 128

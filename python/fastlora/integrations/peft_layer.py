@@ -118,7 +118,14 @@ class LoraQLinear(FusedForward, FusedLoraLayer, Linear):  # "Linear": peft goes 
         rest = view.changed()
         if rest is not None:
             base = self.qlinear
-            base._set_base(quantize_nf4(rest, blocksize=base.blocksize, double_quant=base.double_quant))
+            base._set_base(
+                quantize_nf4(
+                    rest,
+                    blocksize=base.blocksize,
+                    double_quant=base.double_quant,
+                    offsets=base.quantized_weight.offset_values,
+                )
+            )
 
     def resolve_lora_variant(self, *, config: Any, **kwargs: Any) -> Any:
         variant = super().resolve_lora_variant(config=config, **kwargs)

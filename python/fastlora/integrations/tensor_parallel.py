@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from ..autograd import linear_from_parts
-from ..checks import NESTED_BLOCKSIZE
+from ..checks import NESTED_BLOCKSIZE, group_count
 from ..linear import QLinear
 from ..named_adapters import DEFAULT
 
@@ -117,7 +117,8 @@ class _Layer(QLinear):
     def compute(self, x: Tensor) -> Tensor:
         """What this rank adds to y, or the part of it that it has."""
         scales, nested = self.local_scales()
-        weight = (_local(self.weight).detach(), scales, nested, self.blocksize, None)
+        offsets = None if self.weight_offsets is None else _local(self.weight_offsets).detach()
+        weight = (_local(self.weight).detach(), scales, nested, self.blocksize, offsets)
         bias = self.local_bias()
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
@@ -172,7 +173,8 @@ class _Layer(QLinear):
 
 class ColwiseLayer(_Layer):
     placements: ClassVar = {
-        "weight": Shard(0), "bias": Shard(0), "lora_A": Replicate(), "lora_B": Shard(0)
+        "weight": Shard(0), "weight_offsets": Shard(0), "bias": Shard(0), "lora_A": Replicate(),
+        "lora_B": Shard(0),
     }  # fmt: skip
 
     @staticmethod
@@ -228,7 +230,8 @@ class ColwiseLayer(_Layer):
 
 class RowwiseLayer(_Layer):
     placements: ClassVar = {
-        "weight": Shard(1), "bias": Replicate(), "lora_A": Shard(1), "lora_B": Replicate()
+        "weight": Shard(1), "weight_offsets": Shard(1), "bias": Replicate(), "lora_A": Shard(1),
+        "lora_B": Replicate(),
     }  # fmt: skip
 
     @staticmethod
@@ -238,6 +241,12 @@ class RowwiseLayer(_Layer):
             raise ValueError(
                 f"{name}: expected in_features that give each of {ranks} ranks whole blocks of {blocksize} "
                 f"weights, got {k}"
+            )
+        groups = group_count(layer.weight_offsets)
+        if groups % ranks:
+            raise ValueError(
+                f"{name}: expected offsets of groups of columns that {ranks} ranks can share, got {groups} a "
+                "row"
             )
 
     def pair(self, name: str) -> tuple[Any, Any]:
@@ -310,10 +319,11 @@ class RowwiseQLinear(_Style):
         output_layouts: of y (..., n); Replicate() by default.
         use_local_output: whether y is this rank's tensor, not a DTensor.
 
-    The rank's part of W is exact where in_features / ranks is a multiple of the block size; anything else is
-    an error. It computes with the absmax of its blocks decoded to float32 (4 bytes a block): the groups of
-    nested scales run across rows. y is a sum over ranks, so it may differ from one process's in the last
-    bits; in 16 bits each term is rounded before it is summed.
+    The rank's part of W is exact where in_features / ranks is a multiple of the block size and each rank gets
+    whole groups of offsets, if there are any; anything else is an error. It computes with the absmax of its
+    blocks decoded to float32 (4 bytes a block): the groups of nested scales run across rows. y is a sum over
+    ranks, so it may differ from one process's in the last bits; in 16 bits each term is rounded before it is
+    summed.
 
     Forward sums y, as every row-wise layer, adapter included; bias is added by the first rank alone. Backward
     sums the gradient of lora_B.

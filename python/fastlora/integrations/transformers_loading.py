@@ -7,7 +7,7 @@ than one dense weight is in memory at a time.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -97,6 +97,17 @@ class Checkpoint:
             if name in dense:
                 found[name.rpartition(".")[0]] = key
         return found
+
+    def make_room_for_offsets(self, model: Any, layers: Mapping[str, str]) -> None:
+        """In those of a model's layers whose weights have offsets here; `layers` as :meth:`layers` finds
+        them. Raises ValueError for offsets of a shape that does not fit."""
+        for path, key in layers.items():
+            header = self.tensors.get(f"{key}_offsets")
+            if header is not None and header.dtype == "U8":
+                try:
+                    model.get_submodule(path).make_room_for_offsets(header.shape)
+                except ValueError as error:
+                    raise ValueError(f"{_OP}: {key}: {error}") from error
 
 
 def renamed(

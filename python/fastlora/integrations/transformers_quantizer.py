@@ -110,6 +110,7 @@ class FastLoraHfQuantizer(HfQuantizer):
             self.report = ConversionReport()
             if packed:
                 self.report = self._replace(model, "|".join(map(re.escape, packed)), [], {})
+                checkpoint.make_room_for_offsets(model, packed)
             if self.report.skipped:
                 lines = "".join(f"\n  {s.name}: {s.reason}" for s in self.report.skipped)
                 raise ValueError(f"FastLoraConfig: expected packed weights of linear layers only, got{lines}")

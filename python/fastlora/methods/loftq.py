@@ -10,6 +10,8 @@ Li et al., "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ def loftq(
         weight: dense (n, k), floating.
         scaling: the factor of B·A in the layer, not 0; PEFT's LoftQ takes it for 1.
         iterations: alternations, at least 1.
-        quantized: NF4(weight), if it is there already.
+        quantized: NF4(weight), if it is there already. Its offsets, where it has some, stay what they are.
 
     Returns Q, and A (rank, k) and B (n, rank) in float32. Raises ValueError for iterations and scaling.
     """
@@ -42,11 +44,12 @@ def loftq(
         raise ValueError(f"loftq: expected iterations >= 1, got {iterations}")
     if not scaling:
         raise ValueError("loftq: expected a scaling other than 0, got 0")
-    form = {"blocksize": blocksize, "double_quant": double_quant}
-    base = quantize_nf4(weight, **form) if quantized is None else quantized  # type: ignore[arg-type]
+    form: dict[str, Any] = {"blocksize": blocksize, "double_quant": double_quant}
+    base = quantize_nf4(weight, **form) if quantized is None else quantized
+    form["offsets"] = base.offset_values
     weight = weight.float()
     a, b = balanced(*truncated_svd(weight - base.dequantize(torch.float32), rank))
     for _ in range(iterations - 1):
-        base = quantize_nf4(weight.addmm(b, a, alpha=-1), **form)  # type: ignore[arg-type]
+        base = quantize_nf4(weight.addmm(b, a, alpha=-1), **form)
         a, b = balanced(*truncated_svd(weight - base.dequantize(torch.float32), rank))
     return base, *widened(a, b / scaling, rank)

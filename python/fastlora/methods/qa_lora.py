@@ -4,9 +4,12 @@
 
 It is LoRA with A' = repeat(A, g) / g, each column of A g times over: exactly, since A·pool(x) = A'·x. So the
 layer is the fused kernel with A', and what is exported is A' and B, plain LoRA. A has g times fewer weights,
-and s·B·A' is constant over each group of a row. That is what the paper is after: with a zero point for each
-group of a quantised weight, the adapter is an exact change of the zero points. NF4 has none, so merging into
-this layer's weight rounds, as any merging into NF4 does.
+and s·B·A' is constant over each group of a row. That is what the paper is after: with an offset for each
+group of a quantised weight (there, a zero point), the adapter is an exact change of the offsets,
+
+    offsets (n, k/g) += s·B·A / g          codes and scales stay the bits they are
+
+where any other merging into NF4 rounds to its codes again. :func:`fold` makes that the weight for good.
 
 PEFT has the method for GPTQ's layers and multiplies s by k/g. Dropout is of x, before the mean.
 
@@ -15,13 +18,16 @@ Xu et al., "QA-LoRA: Quantization-Aware Low-Rank Adaptation of Large Language Mo
 
 from __future__ import annotations
 
+from math import lcm
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..linear import QLinear
 from ..named_adapters import DEFAULT
-from .reparametrised import Reparametrised
+from ..nf4 import NF4Weight
+from .reparametrised import Reparametrised, swapped
 
 
 class QALoraQLinear(Reparametrised):
@@ -30,7 +36,8 @@ class QALoraQLinear(Reparametrised):
     Arguments as for :class:`QLinear`, and group_size: g, which divides in_features. Made also by
     ``QALoraQLinear.from_linear`` and by ``convert(model, layer_class=QALoraQLinear)``, both with a
     `group_size` too. It starts equal to its base; ``init`` is "default" or "gaussian". Files hold A' and B as
-    plain LoRA, and are read back. Raises ValueError for a group size that does not divide in_features.
+    plain LoRA, and are read back. :meth:`merge` is exact: it changes the weight's offsets and no code. Raises
+    ValueError for a group size that does not divide in_features.
     """
 
     def __init__(
@@ -66,5 +73,54 @@ class QALoraQLinear(Reparametrised):
             )
         return groups[..., 0] * self.group_size, lora_b
 
+    def quantized_again(self, dense: Tensor) -> NF4Weight:
+        """What :meth:`merge` puts in the weight's place, without looking at `dense`: the same codes and
+        scales, and the adapter in offsets of in_features / group_size groups; where the weight has offsets of
+        other groups, of the least common multiple of both. Raises ValueError if the adapter holds NaN or
+        Inf."""
+        return self._with_adapter_in_offsets()
+
+    def _with_adapter_in_offsets(self) -> NF4Weight:
+        base = self.quantized_weight
+        if self.active_adapter is None:
+            return base
+        assert self.lora_A is not None
+        assert self.lora_B is not None
+        a, b = self.lora_A.detach().float(), self.lora_B.detach().float()
+        change = a.new_zeros(b.shape[0], a.shape[1]).addmm_(b, a, alpha=self.scaling / self.group_size)
+        if not torch.isfinite(change).all():
+            raise ValueError("merge: expected a finite adapter, got one whose product holds NaN or Inf")
+        return base.with_offsets(_sum(base.offset_values, change))
+
+    def folded(self) -> QLinear:
+        """A QLinear of rank 0 that computes the same: this layer's own Parameters, but for the offsets, which
+        have the active adapter in them. Raises RuntimeError on a layer that is merged or sharded."""
+        self._check_unmerged("folded")
+        if self.sharded:
+            raise RuntimeError("folded: expected a layer whose parameters are whole, got a sharded one")
+        layer = self._without_adapter()
+        offsets = self._with_adapter_in_offsets().offsets
+        if self.active_adapter is not None and offsets is not None:
+            layer.weight_offsets = nn.Parameter(offsets, requires_grad=False)
+        return layer
+
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, group_size={self.group_size}"
+
+
+def fold(model: nn.Module) -> int:
+    """Swap every QALoraQLinear in `model` for its :meth:`QALoraQLinear.folded`, under all its names; how
+    many. The adapters end here: to go on with them, keep the model's ``state_dict`` from before. Raises
+    ValueError for a model that is such a layer itself and, with nothing changed, what folded does."""
+    if isinstance(model, QALoraQLinear):
+        raise ValueError("fold: expected a module that holds layers, got a layer; call its folded()")
+    return swapped(model, {m: m.folded() for m in model.modules() if isinstance(m, QALoraQLinear)})
+
+
+def _sum(offsets: Tensor | None, change: Tensor) -> Tensor:
+    """Of two sets of offsets (n, groups), whose groups may differ in size."""
+    if offsets is None:
+        return change
+    groups = lcm(offsets.shape[1], change.shape[1])
+    a, b = (t.repeat_interleave(groups // t.shape[1], 1) for t in (offsets, change))
+    return a + b

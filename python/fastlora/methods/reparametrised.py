@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from ..autograd import linear_from_parts
 from ..checks import Packed
-from ..linear import QLinear
+from ..linear import _BASE, QLinear
 from ..named_adapters import DEFAULT, Parts
 from .one_adapter import OneAdapter
 
@@ -43,10 +45,23 @@ class Reparametrised(OneAdapter):
     def plain(self) -> QLinear:
         """A QLinear that computes the same, of the pair's rank, which may be 0. It shares the packed weight
         and the bias, the very Parameters, with this layer. Raises RuntimeError on a merged layer."""
-        if self.merged:
-            raise RuntimeError("plain: expected an unmerged layer, got a merged one; call unmerge()")
+        self._check_unmerged("plain")
         a, b = self.compact_pair() if self.rank else (None, None)
-        rank = 0 if a is None else a.shape[0]
+        layer = self._without_adapter(0 if a is None else a.shape[0])
+        if layer.rank and a is not None and b is not None:
+            learns = any(p.requires_grad for p in self.adapter_parameters())
+            layer.lora_A, layer.lora_B = (
+                nn.Parameter(t.detach().clone(memory_format=torch.contiguous_format), requires_grad=learns)
+                for t in (a, b)
+            )
+        return layer
+
+    def _check_unmerged(self, op: str) -> None:
+        if self.merged:
+            raise RuntimeError(f"{op}: expected an unmerged layer, got a merged one; call unmerge()")
+
+    def _without_adapter(self, rank: int = 0) -> QLinear:
+        """A QLinear of this layer's base and bias, its adapter of `rank` still on meta."""
         layer = QLinear(
             self.in_features,
             self.out_features,
@@ -59,14 +74,8 @@ class Reparametrised(OneAdapter):
             dtype=self.weight_dtype,
             device="meta",
         )
-        for name in ("weight", "weight_scales", "weight_nested", "weight_offsets", "bias"):
+        for name in (*_BASE, "bias"):
             setattr(layer, name, getattr(self, name))
-        if rank and a is not None and b is not None:
-            learns = any(p.requires_grad for p in self.adapter_parameters())
-            layer.lora_A, layer.lora_B = (
-                nn.Parameter(t.detach().clone(memory_format=torch.contiguous_format), requires_grad=learns)
-                for t in (a, b)
-            )
         return layer.train(self.training)
 
 
@@ -75,9 +84,13 @@ def make_plain(model: nn.Module) -> int:
     how many. Optimisers have to be made anew."""
     if isinstance(model, Reparametrised):
         raise ValueError("make_plain: expected a module that holds layers, got a layer; call its plain()")
-    swapped = {m: m.plain() for m in model.modules() if isinstance(m, Reparametrised)}
+    return swapped(model, {m: m.plain() for m in model.modules() if isinstance(m, Reparametrised)})
+
+
+def swapped(model: nn.Module, new: Mapping[nn.Module, QLinear]) -> int:
+    """Put new layers in the old ones' places, under all their names; how many there are."""
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, Reparametrised):
+        if module in new:
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, swapped[module])
-    return len(swapped)
+            setattr(model.get_submodule(parent), child, new[module])
+    return len(new)
