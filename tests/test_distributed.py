@@ -142,6 +142,7 @@ def offsets(rank):
         assert not whole(layer.weight_offsets).any()
 
 
+@fsdp_of_bytes
 def test_offsets_are_sharded_by_rows(world):
     world.run(offsets)
 
