@@ -5,7 +5,7 @@ ARGS ?=
 CUDA_ARCHS ?= 90a
 WHEEL_ARCHS ?=
 OUT ?= gpu_check
-TORCH ?= 2.9.1
+TORCH ?= 2.6.0
 
 BIN := $(VENV)/bin
 # What tests and benchmarks need beside the package: the emulated device, the machine's roofs, one CUDA architecture.
@@ -108,7 +108,7 @@ wheel: $(VENV)/.tools ## an isolated build of the wheel into dist/; WHEEL_ARCHS=
 build: wheel
 
 # Every torch of the range that pyproject.toml states must do: _C takes addresses and links no torch.
-wheel-check: ## install the wheel of dist/ beside TORCH=2.9.1 in an environment of its own, and run the tests there
+wheel-check: ## install the wheel of dist/ beside TORCH=2.6.0 in an environment of its own, and run the tests there
 	PYTHON=$(PYTHON) tests/wheel_check.sh $(TORCH) $(ARGS)
 
 clean: ## remove what the targets above made, the environment included

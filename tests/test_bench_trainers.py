@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bench_parts import a_context, bench_on_path, module, run_options  # noqa: F401
+from needs import PATCHING, older_than
 
 for library in ("transformers", "peft", "bitsandbytes"):
     pytest.importorskip(library, reason=f"needs {library}")
@@ -29,7 +30,8 @@ def test_every_contender_is_measured_or_named(measured):
         wanted = {name for name in names if not name.startswith("dense")}
         absent = {name for name in wanted if f"{name}, a model" in context.absent}
         assert {row.peer for row in rows if row.op == op} == wanted - absent
-        assert absent <= {"fastlora.patch(model)"}
+        new = {"fastlora.patch_bitsandbytes()"} if older_than(PATCHING[0]) else set()
+        assert absent <= {"fastlora.patch(model)"} | new
 
 
 def test_rows_have_times_or_memory(measured):

@@ -8,11 +8,13 @@ import sys
 
 import pytest
 import torch
+from needs import patches_bitsandbytes
 from tolerances import relative_error
 
 import fastlora
 from fastlora import reference
 
+pytestmark = patches_bitsandbytes
 bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
 F = bnb.functional
 REPACKS = F.has_avx512bf16()

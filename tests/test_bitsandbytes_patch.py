@@ -8,6 +8,7 @@ from importlib import metadata
 
 import pytest
 import torch
+from needs import PATCHING, patches_bitsandbytes, skip_before
 from tolerances import TOLERANCES, assert_within, linear_bound, relative_error
 
 import fastlora
@@ -29,6 +30,7 @@ def unpatched():
 
 @pytest.fixture
 def patched():
+    skip_before(*PATCHING)
     fastlora.patch_bitsandbytes()
 
 
@@ -146,6 +148,7 @@ def test_empty_batches(patched, lead, training):
         assert made(x).shape == (*lead, 64)
 
 
+@patches_bitsandbytes
 def test_equals_stock_where_stock_is_right():
     made = layer(128, 192, bias=True)
     x, dy = randn(4, 192).requires_grad_(), randn(4, 128, seed=5)
@@ -224,6 +227,7 @@ def test_compiles_in_one_graph(patched, training, k):
             assert relative_error(got, expected) < 1e-6
 
 
+@patches_bitsandbytes
 def test_compiled_models_follow_the_patch():
     made = layer(64, 430, dtype=torch.bfloat16)
     compiled = torch.compile(made, backend="aot_eager")
@@ -251,6 +255,7 @@ def test_inference_mode(patched):
     check(made, x)
 
 
+@patches_bitsandbytes
 def test_peft_layers_over_it():
     peft = pytest.importorskip("peft", reason="needs PEFT")
     holder = torch.nn.Module()
@@ -281,6 +286,7 @@ def test_peft_layers_over_it():
     assert relative_error(dense(lora.base_layer), before) < 0.1
 
 
+@patches_bitsandbytes
 def test_embeddings_read_the_same_values():
     def run():
         made = bnb.nn.EmbeddingNF4(16, 128)
@@ -294,6 +300,7 @@ def test_embeddings_read_the_same_values():
     assert torch.equal(run(), want)
 
 
+@patches_bitsandbytes
 def test_fp4_is_bitsandbytes_own():
     x = randn(4, 128, dtype=torch.bfloat16)
 
@@ -325,6 +332,7 @@ def test_fp4_is_bitsandbytes_own():
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (5, 123), (7,), (3, 5, 7), (16, 430), (1, 8193), (2, 64)])
+@patches_bitsandbytes
 def test_quantising_gives_the_same_bits(shape):
     for dtype in FLOATS:
         weights = [randn(*shape, dtype=dtype), torch.zeros(shape, dtype=dtype), randn(*shape, dtype=dtype)]
@@ -473,6 +481,7 @@ def same_tensors(a, b):
 
 
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@patches_bitsandbytes
 def test_the_state_dict_is_that_of_an_unpatched_layer(nested):
     want = layer(64, 128, nested=nested, bias=True).state_dict()
     fastlora.patch_bitsandbytes()
@@ -491,6 +500,7 @@ def test_the_state_dict_is_that_of_an_unpatched_layer(nested):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@patches_bitsandbytes
 def test_unpatched_it_computes_exactly_as_before(training):
     x = randn(4, 128, dtype=torch.bfloat16)
 
@@ -516,6 +526,7 @@ def test_unpatched_it_computes_exactly_as_before(training):
 @needs_repacking
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
+@patches_bitsandbytes
 def test_a_repacked_layer_is_trained_and_given_back_as_it_was(nested, storage):
     x = randn(4, 128, dtype=torch.bfloat16)
 
@@ -555,6 +566,7 @@ def test_a_repacked_layer_is_trained_and_given_back_as_it_was(nested, storage):
 
 
 @needs_repacking
+@patches_bitsandbytes
 def test_a_repacked_layer_is_compiled():
     made, x = layer(64, 128, dtype=torch.bfloat16).eval(), randn(4, 128, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -570,6 +582,7 @@ def test_a_repacked_layer_is_compiled():
 
 
 @needs_repacking
+@patches_bitsandbytes
 def test_a_forward_that_was_bound_before_repacks_nothing():
     made, x = layer(64, 128, dtype=torch.bfloat16).eval(), randn(4, 128, dtype=torch.bfloat16)
     bound = made.forward
@@ -602,7 +615,7 @@ def test_missing_libraries_are_named(monkeypatch):
         patching.setattr(metadata, "version", missing)
         with pytest.raises(ImportError, match="got none installed"):
             fastlora.patch_bitsandbytes()
-    monkeypatch.delattr(torch.library, "get_kernel")
+    monkeypatch.delattr(torch.library, "get_kernel", raising=False)
     with pytest.raises(ImportError, match=re.escape(f"expected torch >= 2.9, got {torch.__version__}")):
         fastlora.patch_bitsandbytes()
 
@@ -614,6 +627,7 @@ def test_cuda_without_a_device_is_refused(patched):
     assert bitsandbytes_patch._patch.device_types == ("cpu",)
 
 
+@patches_bitsandbytes
 def test_a_patch_that_fails_leaves_nothing(monkeypatch):
     from fastlora.integrations.bitsandbytes_ops import Operators
 

@@ -19,6 +19,7 @@ from distributed_cases import (
     train_together,
     whole,
 )
+from needs import fsdp_of_bytes
 from tolerances import relative_error
 from torch import distributed, nn
 from worlds import worlds
@@ -96,6 +97,7 @@ def fsdp(rank, by_layer, reshard, micro, waits, param_dtype, tolerance):
         (False, False, 1, sync_always, torch.bfloat16, 1e-3),
     ],
 )
+@fsdp_of_bytes
 def test_shards_learn_what_one_process_learns(world, by_layer, reshard, micro, waits, param_dtype, tolerance):
     """Whatever is one group of parameters, stays gathered, and is accumulated."""
     world.run(fsdp, by_layer, reshard, micro, waits, param_dtype, tolerance)
@@ -140,6 +142,7 @@ def offsets(rank):
         assert not whole(layer.weight_offsets).any()
 
 
+@fsdp_of_bytes
 def test_offsets_are_sharded_by_rows(world):
     world.run(offsets)
 
@@ -168,6 +171,7 @@ def checkpointed(rank):
         assert torch.equal(p.to_local(), q.to_local())
 
 
+@fsdp_of_bytes
 def test_checkpointing_shards_changes_no_bit(world):
     """Gradient checkpointing gathers a block once more and draws its dropout again."""
     world.run(checkpointed)
@@ -232,7 +236,15 @@ def left_whole_apart(model):
     return shard(model, by_layer=False, reshard_after_forward=False)
 
 
-@pytest.mark.parametrize("wrap", [replicated, with_views, sharded_apart, left_whole_apart])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        replicated,
+        with_views,
+        pytest.param(sharded_apart, marks=fsdp_of_bytes),
+        pytest.param(left_whole_apart, marks=fsdp_of_bytes),
+    ],
+)
 def test_ranks_with_other_adapters_in_their_batches(world, wrap):
     world.run(many, wrap)
 
@@ -261,6 +273,7 @@ def own_adapter_in_a_block(rank):
         torch.testing.assert_close(y, want)
 
 
+@fsdp_of_bytes
 def test_own_adapters_are_routed_in_shards(world):
     world.run(own_adapter_in_a_block)
 
@@ -299,6 +312,7 @@ def refusals(rank, directory):
         layer.delete_adapter("a")
 
 
+@fsdp_of_bytes
 def test_what_shards_refuse(world, tmp_path):
     world.run(refusals, str(tmp_path / "adapter"))
 
@@ -325,6 +339,7 @@ def files(rank, directory):
             assert torch.equal(whole(got), expected)
 
 
+@fsdp_of_bytes
 def test_adapters_files_fit_every_wrapping(world, tmp_path):
     world.run(files, str(tmp_path / "adapter"))
 
@@ -343,6 +358,7 @@ def named_files(rank, directory):
         assert torch.equal(whole(got), want)
 
 
+@fsdp_of_bytes
 def test_named_adapters_go_through_files(world, tmp_path):
     world.run(named_files, str(tmp_path / "adapter"))
 
@@ -393,6 +409,7 @@ def leaves(rank):
         torch.testing.assert_close(y, reference(x), rtol=1e-4, atol=1e-4)
 
 
+@fsdp_of_bytes
 def test_leaves_that_are_wrapped_one_by_one(world):
     """The op gathers what FSDP2 did not; the gradients are the mean over the ranks all the same."""
     world.run(leaves)
@@ -420,6 +437,7 @@ def wrapped_adapters(rank):
             )
 
 
+@fsdp_of_bytes
 def test_adapters_that_are_wrapped_one_by_one(world):
     world.run(wrapped_adapters)
 

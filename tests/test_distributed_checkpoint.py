@@ -13,6 +13,7 @@ from distributed_cases import (
     train_together,
     whole,
 )
+from needs import fsdp_of_bytes
 from torch import distributed, nn
 from worlds import worlds
 
@@ -119,6 +120,7 @@ def assert_same_step(after, want, states):
         torch.testing.assert_close(after[name], p.detach(), rtol=1e-4, atol=1e-5)
 
 
+@fsdp_of_bytes
 def test_pieces_of_three_ranks_fit_two_and_one(three, two, tmp_path):
     path = str(tmp_path / "checkpoint")
     three.run(write, path)
@@ -133,6 +135,7 @@ def test_pieces_of_three_ranks_fit_two_and_one(three, two, tmp_path):
     assert_same(moments(model, optimizer), states)
 
 
+@fsdp_of_bytes
 def test_pieces_come_back(world, tmp_path):
     path = str(tmp_path / "checkpoint")
     world.run(write, path)
@@ -172,6 +175,7 @@ def split_pieces(rank, path):
         assert_same_bits(model, made())
 
 
+@fsdp_of_bytes
 def test_pieces_fit_another_kind_of_parallelism(world, tmp_path):
     world.run(split_pieces, str(tmp_path / "checkpoint"))
 
@@ -203,6 +207,7 @@ def whole_states(rank):
         assert_same(moments(again, fresh), expected)
 
 
+@fsdp_of_bytes
 def test_whole_states_come_back(world):
     """Gathered on a CPU, as one process keeps them, and dealt out again."""
     world.run(whole_states)
@@ -229,6 +234,7 @@ def whole_states_of_many(rank):
         torch.testing.assert_close(model(batch(0, 0)), whole_one(batch(0, 0)))
 
 
+@fsdp_of_bytes
 def test_states_of_several_adapters(world):
     world.run(whole_states_of_many)
 
@@ -274,9 +280,11 @@ def drawn_again(rank):
         assert 0 < whole(layer.lora_A.detach()).abs().max() <= layer.in_features**-0.5
 
 
+@fsdp_of_bytes
 def test_meta_models_are_sharded_first_and_filled_then(world, tmp_path):
     world.run(from_meta, str(tmp_path))
 
 
+@fsdp_of_bytes
 def test_sharded_layers_can_be_drawn_again(world):
     world.run(drawn_again)

@@ -5,10 +5,16 @@ import traceback
 import doc_examples
 import pytest
 import torch
+from needs import fsdp_of_bytes, patches_bitsandbytes
+
+NEED = {"bitsandbytes": patches_bitsandbytes, "distributed": fsdp_of_bytes}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", doc_examples.pages(), ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, id=page.stem, marks=NEED.get(page.stem, ())) for page in doc_examples.pages()],
+)
 def test_page(page, tmp_path, monkeypatch):
     lacking = doc_examples.missing(page)
     if lacking:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from needs import fsdp_of_bytes
 from torch import distributed, nn
 
 import fastlora
@@ -60,5 +61,6 @@ def check(rank, experts):
             torch.testing.assert_close(other.grad, wanted[name].grad, rtol=1e-5, atol=1e-7)
 
 
+@fsdp_of_bytes
 def test_two_processes(tmp_path):
     torch.multiprocessing.spawn(worker, args=(str(tmp_path / "store"),), nprocs=WORLD)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from needs import fsdp_of_bytes
 from worlds import also_imports, worlds
 
 import fastlora
@@ -45,6 +46,7 @@ def example(monkeypatch=None):
     return fsdp2_qlora
 
 
+@fsdp_of_bytes
 def test_one_process_loads_the_adapter_and_finds_the_same_loss(finished, monkeypatch):
     out, done = finished
     ours = example(monkeypatch)
@@ -81,6 +83,7 @@ def refused(rank, arguments):
         resume(rank, [*arguments, "--out", "nothing"])
 
 
+@fsdp_of_bytes
 def test_a_run_goes_on_where_it_was_interrupted(finished, world, tmp_path):
     out, _ = finished
     shutil.copytree(out / "checkpoint-4", tmp_path / "checkpoint-4")

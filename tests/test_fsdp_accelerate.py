@@ -13,6 +13,7 @@ from distributed_cases import (
     train_together,
     whole,
 )
+from needs import fsdp_of_bytes
 from tolerances import relative_error
 from torch import distributed
 from worlds import also_imports, worlds
@@ -73,6 +74,7 @@ def prepare(rank, options):
         {"cpu_ram_efficient_loading": False, "activation_checkpointing": True},
     ],
 )
+@fsdp_of_bytes
 def test_accelerate_prepares_and_trains(world, options):
     world.run(prepare, options)
 
@@ -110,6 +112,7 @@ def leaves(rank):
         assert relative_error(whole(p.detach()).float(), alone.float()) < 1e-4
 
 
+@fsdp_of_bytes
 def test_peft_leaves_that_are_wrapped_one_by_one(world):
     """PEFT over QLinear without an adapter of its own: FSDP2 around every lora_A and lora_B, as accelerate's
     policy for PEFT has it, and around the rest."""

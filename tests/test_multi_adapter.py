@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from needs import needs_torch
 from tolerances import TOLERANCES, relative_error
 from torch import nn
 from torch.nn import functional as F
@@ -582,6 +583,7 @@ def test_another_block_or_another_adapter_in_place_compiles_nothing_anew():
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")
+@needs_torch("2.9", "errors that are raised within a graph keep their message")
 def test_a_compiled_layer_refuses_two_threads():
     layer, x = make_layer(), draw(1, K)
     compiled = torch.compile(layer, fullgraph=True, backend="eager")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from bits import assert_same_bits
+from needs import fsdp_on_cpus
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from worlds import World, worlds
@@ -425,6 +426,7 @@ def sharded_and_replicated(rank: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("make", BOTH)
+@fsdp_on_cpus
 def test_fsdp_and_ddp(world: World, make) -> None:
     world.run(sharded_and_replicated, make.__name__)
 
@@ -452,6 +454,7 @@ def checkpointed(rank: int) -> None:
         assert_same_bits(q.to_local().detach(), p.to_local().detach(), "a shard")
 
 
+@fsdp_on_cpus
 def test_state_dicts_of_distributed_checkpoints(world: World) -> None:
     world.run(checkpointed)
 
@@ -474,5 +477,6 @@ def shards_of_8_bits(rank: int) -> None:
         optimizer.load_state_dict(state)
 
 
+@fsdp_on_cpus
 def test_8_bit_states_belong_to_their_shard(world: World) -> None:
     world.run(shards_of_8_bits)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from needs import traces_bitsandbytes, traces_peft
 from peft_models import BASES, IDS, Pair, added, drawn, llama, lora, twin
 
 import fastlora
@@ -33,6 +34,7 @@ def gradients(model, value):
 
 
 @by_base
+@traces_peft
 def test_a_training_model_is_one_graph(base):
     model = twin(lora(Pair(base), lora_bias=True, bias="all"))
     want = loss(model)
@@ -42,6 +44,7 @@ def test_a_training_model_is_one_graph(base):
         torch.testing.assert_close(one, other, **CLOSE)
 
 
+@traces_peft
 def test_a_transformer_is_one_graph():
     model = twin(lora(llama())).eval()
     with torch.no_grad():
@@ -49,6 +52,7 @@ def test_a_transformer_is_one_graph():
         torch.testing.assert_close(got, model(input_ids=IDS, use_cache=False).logits, **CLOSE)
 
 
+@traces_peft
 def test_several_adapters_and_dropout_trace():
     model = lora(Pair("bitsandbytes"), lora_dropout=0.3)
     added(model, "other", 2, r=6, lora_dropout=0.1, target_modules=["up_proj"])
@@ -60,7 +64,7 @@ def test_several_adapters_and_dropout_trace():
     torch.testing.assert_close(loss(compiled(model)), loss(model), **CLOSE)
 
 
-@by_base
+@pytest.mark.parametrize("base", [pytest.param("bitsandbytes", marks=traces_bitsandbytes), "dense"])
 def test_a_layer_routes_a_mixed_batch_in_a_graph(base):
     model = lora(Pair(base))
     added(model, "other", 2, r=6, target_modules=["up_proj"])
@@ -71,6 +75,7 @@ def test_a_layer_routes_a_mixed_batch_in_a_graph(base):
     torch.testing.assert_close(got, layer(x, adapter_names=names), **CLOSE)
 
 
+@traces_bitsandbytes
 def test_a_merge_reaches_a_compiled_layer():
     layer = twin(lora(Pair("bitsandbytes"))).base_model.model.up_proj
     run = compiled(layer)
@@ -84,6 +89,7 @@ def test_a_merge_reaches_a_compiled_layer():
 
 
 @pytest.mark.parametrize("base", ["bitsandbytes", "dense"])
+@traces_peft
 def test_other_values_compile_nothing_anew(base, tmp_path):
     from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 

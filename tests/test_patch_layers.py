@@ -5,6 +5,7 @@ from importlib import metadata
 
 import pytest
 import torch
+from needs import fsdp_on_cpus
 from peft_models import (
     BASES,
     added,
@@ -253,6 +254,7 @@ def test_moving_and_casting():
 
 
 @pytest.mark.parametrize("base", BASES)
+@fsdp_on_cpus
 def test_leaves_wrapped_by_fsdp_are_called(base, tmp_path):
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh

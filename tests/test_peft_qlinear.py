@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.fsdp
+from needs import fsdp_of_bytes, fsdp_on_cpus, traces_peft
 from torch import nn
 
 peft = pytest.importorskip("peft", minversion="0.20", reason="PEFT is what these layers belong to")
@@ -474,7 +475,10 @@ def test_hooks_are_called(where, x):
     assert layer.unfused() is None
 
 
-@pytest.mark.parametrize("leaves", [True, False])
+@pytest.mark.parametrize(
+    "leaves",
+    [pytest.param(True, marks=fsdp_on_cpus), pytest.param(False, marks=fsdp_of_bytes)],
+)
 def test_sharded_by_fsdp(leaves, tmp_path, x):
     """Leaf by leaf the modules have to be called, to be gathered; as a layer it is whole inside its call."""
     dist = torch.distributed
@@ -808,7 +812,7 @@ def test_scaling_can_be_changed(x):
     assert_close(ours(x), theirs(x))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=traces_peft)])
 def test_hotswap(tmp_path, x, compiled):
     """Prepared for a compiled model, ranks are padded and scalings are tensors."""
     for name, kwargs in (("one", {}), ("two", {"r": 2, "lora_alpha": 9})):
@@ -826,6 +830,7 @@ def test_hotswap(tmp_path, x, compiled):
         assert_close(call(x), wants[1])
 
 
+@traces_peft
 def test_compiles_into_one_graph(x):
     ours, _ = twins(config(), config(r=7))
     want = ours(x)

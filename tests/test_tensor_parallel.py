@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from distributed_cases import assert_same_bits, layers, optimizer_of, whole
+from needs import fsdp_of_bytes
 from tolerances import relative_error
 from torch import distributed, nn
 from worlds import worlds
@@ -357,6 +358,7 @@ def sharded_too(rank):
         assert_same_bits(block, reference)
 
 
+@fsdp_of_bytes
 def test_fsdp_around_tensor_parallelism(world):
     world.run(sharded_too)
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Install the newest wheel of dist/ beside another torch, in an environment of its own, and run the tests there:
-#   tests/wheel_check.sh 2.9.1 [pytest's arguments]
+#   tests/wheel_check.sh 2.6.0 [pytest's arguments]
 # PYTHON=python3 makes the environment, build/wheel-check/<torch>-<python>. Pins of constraints.txt hold but for torch
 # and what each torch wants in versions of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-torch=${1:?the version of torch, as 2.9.1}
+torch=${1:?the version of torch, as 2.6.0}
 shift
 unset PYTHONPATH PIP_CONSTRAINT PIP_BUILD_CONSTRAINT
 

@@ -124,7 +124,16 @@ def _lacks(name: str) -> str:
         if find_spec(library) is None:
             return f"{library} is not installed"
     function = {PATCHED: "patch", PATCHED_BNB: "patch_bitsandbytes"}.get(name)
-    return f"this fastlora has no {function}" if function and not hasattr(fastlora, function) else ""
+    if function and not hasattr(fastlora, function):
+        return f"this fastlora has no {function}"
+    if name == PATCHED_BNB:
+        from fastlora.integrations import bitsandbytes_patch
+
+        try:
+            bitsandbytes_patch.require()
+        except ImportError as error:  # of a torch or a bitsandbytes of another version
+            return str(error)
+    return ""
 
 
 def _exact_ones(names: list[str]) -> list[str]:

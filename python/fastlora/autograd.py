@@ -154,7 +154,7 @@ def _autocast_is_on(device_type: str) -> bool:
 
 def _thin_products_are_ours(dy: Tensor) -> bool:
     """On CUDA dA and dB have kernels; on a CPU torch's own are as fast, and v comes with dx."""
-    return dy.is_cuda
+    return dy.device.type == "cuda"  # torch 2.6 traces no is_cuda here
 
 
 def _rows(t: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ to: there its rounding is small.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -39,9 +39,13 @@ _TILE_ROWS, _TILE_COLUMNS = 128, 256  # of a library's product, that a processor
 @contextmanager
 def plain_torch(device: torch.device) -> Iterator[None]:
     """Torch's operators as they are: no gradients, no autocast."""
-    off = nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
-    with torch.no_grad(), off:
+    with torch.no_grad(), no_autocast(device):
         yield
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Not a generator: torch 2.6 traces none."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def wide_room(device: Device, t: Tensor, r: int, *, ones: bool = False) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .. import checks
 from ..autograd import _SEED_BOUND, _any_autocast, _autocast_is_on, _NoSecondDerivative, _rows
-from ..cuda_dense import plain_torch
+from ..cuda_dense import no_autocast
 from ..ops_linear import product
 from ..tiles import TILE
 from .quantizers import QuantizedWeight
@@ -82,7 +82,7 @@ def _forward(
     """(y, u)"""
     dtype = x.dtype
     u = b = None
-    with plain_torch(x.device):
+    with torch.no_grad(), no_autocast(x.device):
         if lora_a is not None and lora_b is not None:
             seen = _rows(x if seed is None else _dropout(x, seed, dropout))
             u = product(seen, lora_a.to(dtype).t(), dtype)
@@ -162,7 +162,7 @@ def _gradients(
     dy = _rows(dy).contiguous()
     dtype = dy.dtype
     dx = dbias = da = db = v = None
-    with plain_torch(dy.device):
+    with torch.no_grad(), no_autocast(dy.device):
         if needs_b:
             v, db = _grad_b(dy, u, lora_b, scaling)
         elif lora_b is not None and (needs_a or needs_x):
