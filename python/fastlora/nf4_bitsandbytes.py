@@ -164,8 +164,8 @@ def write(weight: NF4Weight, prefix: str) -> dict[str, Tensor]:
     """The tensors of one weight, on its device, in the order bitsandbytes writes them."""
     if weight.offsets is not None:
         raise ValueError(
-            "NF4Weight.to_bitsandbytes: expected a weight without offsets, for which its files have no place, got "
-            f"one with {checks.group_count(weight.offsets)} groups a row"
+            "NF4Weight.to_bitsandbytes: expected a weight without offsets, for which its files have no "
+            f"place, got one with {checks.group_count(weight.offsets)} groups a row"
         )
     key = _key(prefix)
     cols = weight.shape[-1]
