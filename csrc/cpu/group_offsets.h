@@ -24,7 +24,7 @@ inline std::unique_ptr<char[]> room(int64_t count, int64_t bytes) {
 template <class Args, class Body>
 Status with_sums(Args args, Isa isa, Body&& body) {
   const Nf4Weight& w = args.weight;
-  if (w.groups == 0 || args.sums != nullptr) return body(args);
+  if (w.groups == 0) return body(args);
   const auto sums = room(args.m * w.groups, sizeof(float));
   if (sums == nullptr) return Status::kOutOfMemory;
   auto* floats = reinterpret_cast<float*>(sums.get());

@@ -6,7 +6,7 @@ ValueError for shapes and values, TypeError for dtypes, RuntimeError for devices
 
 from __future__ import annotations
 
-from typing import NoReturn, TypeAlias
+from typing import NoReturn, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,14 @@ Packed: TypeAlias = tuple[Tensor, Tensor, Tensor | None, int, Tensor | None]
 
 def block_count(count: int, blocksize: int) -> int:
     return -(-count // blocksize)
+
+
+_Maybe = TypeVar("_Maybe", Tensor, Tensor | None)
+
+
+def whole(t: _Maybe) -> _Maybe:
+    """Bytes at a multiple of 4, where kernels read them as float32; a view may begin anywhere."""
+    return t if t is None or t.data_ptr() % 4 == 0 else t.clone()
 
 
 def group_count(offsets: Tensor | None) -> int:

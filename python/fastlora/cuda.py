@@ -15,7 +15,15 @@ import torch
 from torch import Tensor
 
 from . import _C
-from .checks import DTYPE_CODE, NESTED_BLOCKSIZE, Packed, block_count, raise_not_finite
+from .checks import (
+    DTYPE_CODE,
+    NESTED_BLOCKSIZE,
+    Packed,
+    block_count,
+    group_count,
+    raise_not_finite,
+    whole,
+)
 
 _DEVICE_ERROR = 5
 
@@ -50,15 +58,10 @@ class Device:
         return torch.cuda.is_current_stream_capturing()
 
 
-def whole(t: Tensor) -> Tensor:
-    """Bytes at a multiple of 4, where kernels read them as float32; a view may begin anywhere."""
-    return t if t.data_ptr() % 4 == 0 else t.clone()
-
-
 def parts(weight: Packed) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """What kernels read of a weight: its scales at whole addresses, and the dynamic map."""
     packed, scales, nested, *_ = weight
-    return packed, whole(scales), None if nested is None else whole(nested), dynamic_map(packed.device)
+    return packed, whole(scales), whole(nested), dynamic_map(packed.device)
 
 
 def rows(x: Tensor) -> int:
@@ -112,13 +115,12 @@ def dequantize(
     if offsets is not None:
         exact = torch.empty(out.shape, dtype=torch.float32, device=out.device)
         status = dequantize(device, packed, scales, nested, cols, blocksize, exact.dtype, None, exact)
-        groups = offsets.shape[1] // 4
-        exact.view(rows, groups, -1).add_(whole(offsets).view(torch.float32).unsqueeze(2))
+        exact.view(rows, group_count(offsets), -1).add_(whole(offsets).view(torch.float32).unsqueeze(2))
         out.copy_(exact)
         return status
     return device.call(
         "nf4_dequantize",
-        (packed, whole(scales), None if nested is None else whole(nested), dynamic_map(packed.device)),
+        (packed, whole(scales), whole(nested), dynamic_map(packed.device)),
         (out,),
         DTYPE_CODE[dtype], rows, cols, blocksize, 0, rows, 0, cols,
     )  # fmt: skip

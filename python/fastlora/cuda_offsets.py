@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from . import cuda, cuda_linear
-from .checks import Packed, group_count
+from .checks import Packed, group_count, whole
 from .cuda import Device
 from .cuda_dense import plain_torch
 
 
 def _values(weight: Packed) -> Tensor:
     assert weight[4] is not None
-    return cuda.whole(weight[4]).view(torch.float32)
+    return whole(weight[4]).view(torch.float32)
 
 
 def _joined(scaling: float, lora_b: Tensor | None, offsets: Tensor) -> Tensor:

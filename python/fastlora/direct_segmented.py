@@ -17,7 +17,7 @@ from . import _C, checks, isa
 from .adapter_pairs import LowRank
 from .checks import DTYPE_CODE, Packed
 from .direct import unwatched
-from .ops import aligned, ptr
+from .ops import ptr
 from .routing import Routing
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -90,7 +90,7 @@ def multi_linear(
         return None
     checks.check_matrix("nf4_multi_lora_linear", packed)
     checks.check_weight("nf4_multi_lora_linear", weight, n, k, x.device)
-    offsets = aligned(offsets)
+    offsets = checks.whole(offsets)
     y = torch.empty(*x.shape[:-1], n, dtype=x.dtype)
     u = torch.empty(m, sum(low.widths), dtype=x.dtype)
     status = _C.nf4_multi_lora_linear(

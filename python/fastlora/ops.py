@@ -48,11 +48,6 @@ def ptr(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def aligned(offsets: Tensor | None) -> Tensor | None:
-    """Offsets whose floats lie at whole addresses, which a view into a file may not."""
-    return offsets if offsets is None or offsets.data_ptr() % 4 == 0 else offsets.clone()
-
-
 def _raise_freed(op: str, t: Tensor) -> NoReturn:
     raise RuntimeError(
         f"{op}: expected tensors with data, got one of shape {tuple(t.shape)} whose storage was freed"
@@ -236,7 +231,7 @@ def _dequantize(
     packed: Tensor, scales: Tensor, nested: Tensor | None, cols: int, blocksize: int, dtype: torch.dtype,
     offsets: Tensor | None, out: Tensor,
 ) -> int:  # fmt: skip
-    offsets = aligned(offsets)
+    offsets = checks.whole(offsets)
     exact = out if offsets is None or dtype is torch.float32 else torch.empty(out.shape, dtype=torch.float32)
     status = _C.nf4_dequantize(
         packed.data_ptr(), scales.data_ptr(), ptr(nested), packed.shape[0], cols, blocksize, ptr(offsets),

@@ -11,7 +11,7 @@ from . import _C, checks, cuda_linear
 from .checks import DTYPE_CODE, Packed
 from .cuda import Device
 from .isa import level
-from .ops import Outputs, aligned, define, ptr
+from .ops import Outputs, define, ptr
 
 
 def _run_linear(
@@ -27,7 +27,7 @@ def _run_linear(
 ) -> int:
     """lora_a None: u is an input."""
     packed, scales, nested, blocksize, offsets = weight
-    offsets = aligned(offsets)
+    offsets = checks.whole(offsets)
     m, n, k = x.shape[:-1].numel(), packed.shape[0], x.shape[-1]
     r = 0 if lora_b is None else lora_b.shape[1]
     lora_dtype = x.dtype if lora_b is None else lora_b.dtype
@@ -151,7 +151,7 @@ def _grad_input(
     lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, offsets: Tensor | None, dx: Tensor,
     v: Tensor,
 ) -> int:  # fmt: skip
-    offsets = aligned(offsets)
+    offsets = checks.whole(offsets)
     n, r = packed.shape[0], v.shape[-1]
     lora_dtype = dy.dtype if lora_a is None else lora_a.dtype
     return _C.nf4_linear_grad_input(

@@ -16,7 +16,7 @@ from . import checks_segmented as seg
 from .checks import DTYPE_CODE
 from .checks_segmented import Adapters
 from .isa import level
-from .ops import Outputs, aligned, define, ptr
+from .ops import Outputs, define, ptr
 
 _BAD_ARGUMENT = 1
 _ADAPTERS = (
@@ -198,7 +198,7 @@ def _multi_linear(
     a: list[Tensor], b: list[Tensor], entries: Tensor, scaling: Tensor, order: Tensor, segments: Tensor,
     widths: list[int], batch_invariant: bool, offsets: Tensor | None, y: Tensor, u: Tensor,
 ) -> int:  # fmt: skip
-    offsets = aligned(offsets)
+    offsets = checks.whole(offsets)
     table = Adapters(a, b, entries, scaling, order, segments, widths)
     status = _C.nf4_multi_lora_linear(
         x.data_ptr(), packed.data_ptr(), scales.data_ptr(), ptr(nested), blocksize, ptr(offsets),
@@ -237,7 +237,7 @@ def _multi_grad_input(
     a: list[Tensor], b: list[Tensor], entries: Tensor, scaling: Tensor, order: Tensor, segments: Tensor,
     widths: list[int], batch_invariant: bool, offsets: Tensor | None, dx: Tensor, v: Tensor,
 ) -> int:  # fmt: skip
-    offsets = aligned(offsets)
+    offsets = checks.whole(offsets)
     table = Adapters(a, b, entries, scaling, order, segments, widths)
     status = _C.nf4_multi_lora_grad_input(
         dy.data_ptr(), packed.data_ptr(), scales.data_ptr(), ptr(nested), blocksize, ptr(offsets),
